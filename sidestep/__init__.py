@@ -1,0 +1,1 @@
+"""Side-Step trains adapters for ACE-Step 1.5, the open music model."""

@@ -1,0 +1,1 @@
+"""Every setting, declared once; nothing here imports torch."""

@@ -1,0 +1,1 @@
+"""Audio files, their sidecars and dataset.json; nothing here imports torch."""

@@ -1,0 +1,1 @@
+"""A toy checkpoint and made-up songs, for the demo and the tests."""

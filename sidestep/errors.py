@@ -1,0 +1,40 @@
+"""What a user can act on.
+
+```
+SidestepError            a message, a hint with the way out, and an exit code
+├── ConfigError   exit 2  a flag, a preset or a combination of settings is wrong
+├── DataError     exit 1  audio, a sidecar, dataset.json or a tensor file is wrong
+├── ModelError    exit 1  a checkpoint or an adapter is missing, damaged or of another model
+└── RunError      exit 1  memory, disk, or numbers that are no longer finite
+```
+Anything else that reaches `main` is a bug of ours: exit 70.
+"""
+
+
+class SidestepError(Exception):
+    """A problem that is not a bug: `message` says what is wrong, `hint` what to do next."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class ConfigError(SidestepError):
+    """A setting is wrong; nothing was started."""
+
+    exit_code = 2
+
+
+class DataError(SidestepError):
+    """A file of the user's data cannot be used."""
+
+
+class ModelError(SidestepError):
+    """A checkpoint or an adapter cannot be used."""
+
+
+class RunError(SidestepError):
+    """The machine could not carry on: memory, disk, or non-finite numbers."""

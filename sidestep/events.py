@@ -1,0 +1,159 @@
+"""What a run reports: a closed union of frozen dataclasses, and the sinks that receive them.
+
+The engine calls `emit(event)` and knows no screen. A sink is any callable that takes an event; one that owns something
+(a file, a live display) is a context manager as well. Sinks `match` on the events they care about.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notice:
+    """A sentence for the user; `warning` when something is not as they may expect."""
+
+    text: str
+    level: Literal["info", "warning"] = "info"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageStarted:
+    """A stage that goes through `total` tracks begins: scanning, a pass of preprocessing."""
+
+    title: str
+    total: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrackDone:
+    """One track of the stage is finished; `unchanged` when there was nothing to do; `seconds` of audio."""
+
+    name: str
+    seconds: float
+    unchanged: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrackSkipped:
+    """One track cannot be used; the stage goes on without it."""
+
+    name: str
+    reason: str
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageDone:
+    """The stage is over: how many tracks it finished and skipped, in how many seconds of wall time."""
+
+    title: str
+    done: int
+    skipped: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStarted:
+    """Training begins (or goes on: `first_step` > 0). `facts` are label and value, ready to show."""
+
+    recipe: str
+    facts: Mapping[str, str]
+    epochs: int
+    steps: int
+    steps_per_epoch: int
+    first_step: int
+    output_dir: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepDone:
+    """An optimizer step is over. Carries nothing that would have to wait for the GPU. `step` and `epoch` count from 1."""
+
+    step: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metrics:
+    """Read back every `log_every` steps: `loss` is the mean since the last reading, `grad_norm` that of the last step before clipping."""
+
+    step: int
+    epoch: int
+    loss: float
+    lr: float
+    grad_norm: float
+    steps_per_second: float
+    memory_gib: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerGradients:
+    """Gradient norm of each adapted module (people's names, `layers.0.self_attn.q_proj`), every `log_heavy_every` steps."""
+
+    step: int
+    norms: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimestepsDrawn:
+    """The timesteps in [0, 1] that were trained since the last reading."""
+
+    step: int
+    timesteps: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validated:
+    """The held-out loss and its standard error over songs; `bands` maps a timestep band ("0.0-0.2") to its loss."""
+
+    step: int
+    epoch: int
+    loss: float
+    standard_error: float
+    bands: Mapping[str, float]
+    is_best: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpochDone:
+    """An epoch is over; `loss` is its mean."""
+
+    step: int
+    epoch: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointSaved:
+    """A checkpoint that training can go on from lies in `folder`."""
+
+    folder: Path
+    step: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSaved:
+    """The adapter lies in `folder`, as every consumer loads it; `kind` says which weights it holds."""
+
+    folder: Path
+    kind: Literal["final", "best", "ema"] = "final"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunDone:
+    """Training ended: all steps done, stopped early, or interrupted by the user (then `resume_command` goes on from it)."""
+
+    step: int
+    epoch: int
+    reason: Literal["finished", "early_stop", "interrupted"]
+    resume_command: str = ""
+
+
+Event = (
+    Notice | StageStarted | TrackDone | TrackSkipped | StageDone | RunStarted | StepDone | Metrics | LayerGradients
+    | TimestepsDrawn | Validated | EpochDone | CheckpointSaved | AdapterSaved | RunDone
+)
+Emit = Callable[[Event], None]

@@ -1,0 +1,1 @@
+"""ACE-Step checkpoints, as the classes of diffusers."""

@@ -1,0 +1,1 @@
+"""From audio and text to tensor files, in two passes."""

@@ -1,0 +1,1 @@
+"""What the user sees: sinks of events, tables, error messages."""
