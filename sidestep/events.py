@@ -153,7 +153,20 @@ class RunDone:
 
 
 Event = (
-    Notice | StageStarted | TrackDone | TrackSkipped | StageDone | RunStarted | StepDone | Metrics | LayerGradients
-    | TimestepsDrawn | Validated | EpochDone | CheckpointSaved | AdapterSaved | RunDone
+    Notice
+    | StageStarted
+    | TrackDone
+    | TrackSkipped
+    | StageDone
+    | RunStarted
+    | StepDone
+    | Metrics
+    | LayerGradients
+    | TimestepsDrawn
+    | Validated
+    | EpochDone
+    | CheckpointSaved
+    | AdapterSaved
+    | RunDone
 )
 Emit = Callable[[Event], None]
