@@ -1,8 +1,8 @@
 """How a setting is declared once and read everywhere: flags, help, presets, questions, the README, validation.
 
-A config is a frozen dataclass whose fields are made by `option`. `settings_of` turns it into `Setting`s; `build` makes an
-instance from layers of values. Every value passes `Setting.parse`, whatever door it came through, and all problems are
-reported together.
+A config is a frozen dataclass whose fields are made by `option`. `settings_of` turns it into `Setting`s; `build` makes
+an instance from layers of values. Every value passes `Setting.parse`, whatever door it came through, and all problems
+are reported together.
 """
 
 import dataclasses
@@ -42,6 +42,8 @@ class Range:
         )
 
     def __str__(self) -> str:
+        if self.at_least is not None and self.at_most is not None:
+            return f"from {self.at_least:g} to {self.at_most:g}"
         words = {"above": self.above, "at least": self.at_least, "below": self.below, "at most": self.at_most}
         return " and ".join(f"{word} {bound:g}" for word, bound in words.items() if bound is not None)
 
@@ -106,7 +108,7 @@ class Setting:
         return f"{noun} {self.within}" if self.within else noun
 
     def parse(self, value: object) -> Any:
-        """Turn a value from a flag, a JSON file or a question into the field's type, or raise ValueError saying the rule."""
+        """Turn a value from a flag, a JSON file or an answer into the field's type; ValueError says the rule."""
         if value is None:
             if self.optional:
                 return None
@@ -152,7 +154,7 @@ class Setting:
 
 
 def option(
-    help: str,  # noqa: A002
+    help: str,
     *,
     group: str,
     default: Any = dataclasses.MISSING,
@@ -219,7 +221,7 @@ def settings_of(config: type) -> tuple[Setting, ...]:
 
 def _setting(field: dataclasses.Field[Any], hint: Any) -> Setting:
     optional = many = False
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
         optional = True
         (hint,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
     if typing.get_origin(hint) is tuple:
@@ -238,7 +240,7 @@ def _setting(field: dataclasses.Field[Any], hint: Any) -> Setting:
 
 
 def parse_values(config: type, values: Values, *, source: str = "") -> dict[str, Any]:
-    """Return `values` with every one parsed, or raise ConfigError that names all problems, unknown names with a near match."""
+    """Return `values` parsed, or raise ConfigError naming all problems; unknown names come with a near match."""
     settings = {setting.name: setting for setting in settings_of(config)}
     parsed, problems = {}, []
     for name, value in values.items():

@@ -1,0 +1,75 @@
+"""Where Side-Step keeps what belongs to the user: settings between starts, and presets."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import platformdirs
+
+from sidestep.errors import ConfigError
+
+PROJECT = Path(__file__).resolve().parent.parent.parent
+CHECKPOINT_VARIABLE = "SIDESTEP_CHECKPOINT_DIR"
+
+
+def config_folder() -> Path:
+    """Return the user's own folder for settings and presets, by the platform's custom."""
+    return Path(platformdirs.user_config_dir("sidestep", appauthor=False))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one move: under a temporary name beside it, flushed, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def remembered() -> dict[str, str]:
+    """Return what earlier starts remembered; nothing on a new machine."""
+    path = config_folder() / "settings.json"
+    if not path.is_file():
+        return {}
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}.", hint="Mend it or delete it.") from error
+    if not isinstance(saved, dict):
+        raise ConfigError(f"{path} does not hold settings.", hint="Delete it; it is made anew.")
+    return saved
+
+
+def remember(name: str, value: str) -> None:
+    """Keep one setting for the next start."""
+    saved = remembered()
+    if saved.get(name) != value:
+        text = json.dumps({**saved, name: value}, indent=2, ensure_ascii=False) + "\n"
+        write_text(config_folder() / "settings.json", text)
+
+
+def default_checkpoint_dir() -> Path:
+    """Return the checkpoint folder when none was named: the environment's, the last used, else ./checkpoints."""
+    named = os.environ.get(CHECKPOINT_VARIABLE)
+    if named:
+        return Path(named).expanduser()
+    saved = remembered().get("checkpoint_dir")
+    if saved and Path(saved).is_dir():
+        return Path(saved)
+    here = Path("checkpoints")
+    if here.is_dir() and any(here.iterdir()):
+        return here
+    raise ConfigError(
+        "Where are the ACE-Step checkpoints? There is no ./checkpoints folder and none was used before.",
+        hint=f"Name the folder with --checkpoint-dir, or in {CHECKPOINT_VARIABLE}. To get the models:\n"
+        "  hf download ACE-Step/Ace-Step1.5 --local-dir checkpoints\n"
+        "  hf download ACE-Step/acestep-v15-base --local-dir checkpoints/acestep-v15-base",
+    )

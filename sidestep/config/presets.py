@@ -1,0 +1,111 @@
+"""Settings as JSON: shipped presets, the user's own, and a run's config.json."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sidestep.config.places import PROJECT, config_folder, write_text
+from sidestep.config.recipe import RECIPE_PINS
+from sidestep.config.settings import parse_values, settings_of, values_of
+from sidestep.config.train import TrainConfig
+from sidestep.errors import ConfigError
+
+SHIPPED = PROJECT / "presets"
+CONFIG_FORMAT = 1
+PRESET_LIMIT = 1_000_000  # bytes; a preset is a page of text
+FORBIDDEN = set('/\\:*?"<>|\0')
+RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{digit}" for port in ("com", "lpt") for digit in range(1, 10))}
+
+
+def preset_folders() -> tuple[Path, Path]:
+    """Return where presets are looked for; the user's own win over the shipped ones."""
+    return config_folder() / "presets", SHIPPED
+
+
+def preset_names() -> dict[str, Path]:
+    """Return every preset there is and its file."""
+    found: dict[str, Path] = {}
+    for folder in reversed(preset_folders()):
+        found |= {path.stem: path for path in sorted(folder.glob("*.json"))}
+    return found
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """Return the settings of a preset, parsed; ConfigError for an unknown preset, an unknown key or a wrong value."""
+    presets = preset_names()
+    if name not in presets:
+        raise ConfigError(f"There is no preset '{name}'.", hint=f"There are: {', '.join(sorted(presets))}.")
+    content = _read_json(presets[name])
+    values = {key: value for key, value in content.items() if key not in ("name", "description")}
+    parsed = parse_values(TrainConfig, values, source=f"Preset {name}")
+    foreign = sorted(key for key in parsed if not _settings()[key].in_presets)
+    if foreign:
+        raise ConfigError(f"Preset {name}: {', '.join(foreign)} cannot be part of a preset.", hint="Give it as a flag.")
+    return parsed
+
+
+def save_preset(name: str, config: TrainConfig, *, description: str = "") -> Path:
+    """Write the settings that differ from the defaults as a preset of the user's own."""
+    stem = name.strip()
+    if not stem or FORBIDDEN & set(stem) or ".." in stem or stem.lower() in RESERVED or stem != stem.strip("."):
+        raise ConfigError(f"'{name}' cannot be the name of a preset.", hint="Use letters, digits, - and _.")
+    changed = {
+        setting.name: getattr(config, setting.name)
+        for setting in settings_of(TrainConfig)
+        if setting.in_presets and getattr(config, setting.name) != setting.default
+    }
+    path = preset_folders()[0] / f"{stem.replace(' ', '_')}.json"
+    write_text(path, _to_json({"name": stem, "description": description, **changed}))
+    return path
+
+
+def write_run_config(path: Path, config: TrainConfig, *, recipe: str, version: str, objective: str) -> None:
+    """Write a run's config.json: its settings, its recipe by name and in words, and who wrote it."""
+    settings = values_of(config)
+    content = {
+        "format_version": CONFIG_FORMAT,
+        "sidestep_version": version,
+        "recipe": recipe,
+        "objective": objective,
+        "settings": {name: _absolute(value) for name, value in settings.items() if name not in ("resume_from",)},
+    }
+    write_text(path, _to_json(content))
+
+
+def read_run_config(path: Path) -> tuple[str, dict[str, Any]]:
+    """Return the recipe and the settings of an earlier run's config.json; ConfigError when it is not one."""
+    content = _read_json(path)
+    settings = content.get("settings")
+    recipe = content.get("recipe")
+    if not isinstance(settings, dict) or not isinstance(recipe, str) or recipe not in RECIPE_PINS:
+        raise ConfigError(f"{path} is not the config.json of a run.", hint="It lies in a run's output folder.")
+    if content.get("format_version") != CONFIG_FORMAT:
+        raise ConfigError(f"{path} has format {content.get('format_version')}; this Side-Step reads {CONFIG_FORMAT}.")
+    return recipe, parse_values(TrainConfig, settings, source=str(path))
+
+
+def _settings() -> dict[str, Any]:
+    return {setting.name: setting for setting in settings_of(TrainConfig)}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"There is no file {path}.")
+    if path.stat().st_size > PRESET_LIMIT:
+        raise ConfigError(f"{path} is too large to be settings.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}.", hint="Mend it, or save the preset anew.") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} does not hold settings.")
+    return content
+
+
+def _absolute(value: Any) -> Any:
+    return value.resolve() if isinstance(value, Path) else value
+
+
+def _to_json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"

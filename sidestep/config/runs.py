@@ -1,0 +1,48 @@
+"""Where a run keeps what, so that it can be found again without torch."""
+
+import re
+from pathlib import Path
+
+from sidestep.errors import ModelError
+
+CHECKPOINTS = "checkpoints"
+RUN_CONFIG = "config.json"
+STATE_FILE = "training_state.pt"
+_EPOCH = re.compile(r"epoch_(\d+)(?:_step_(\d+))?")
+
+
+def checkpoint_name(*, epoch: int, step: int, is_epoch_end: bool) -> str:
+    """Return the folder name of a checkpoint: after `epoch` whole epochs, or at `step` within the next one."""
+    return f"epoch_{epoch}" if is_epoch_end else f"epoch_{epoch}_step_{step}"
+
+
+def checkpoints_in(run: Path) -> list[Path]:
+    """Return the checkpoint folders of a run, the newest first."""
+    found = []
+    for folder in (run / CHECKPOINTS).glob("epoch_*"):
+        match = _EPOCH.fullmatch(folder.name)
+        if match and (folder / STATE_FILE).is_file():
+            found.append((int(match[1]), int(match[2] or 0), folder))
+    return [folder for _, _, folder in sorted(found, reverse=True)]
+
+
+def resume_candidates(path: Path) -> list[Path]:
+    """Return the checkpoints that `--resume-from PATH` may mean, best first; ModelError when there is none."""
+    if (path / STATE_FILE).is_file():
+        return [path]
+    if path.is_file() and path.name == STATE_FILE:
+        return [path.parent]
+    found = checkpoints_in(path)
+    if found:
+        return found
+    if not path.exists():
+        raise ModelError(f"There is no folder {path} to resume from.")
+    raise ModelError(
+        f"There is no checkpoint in {path}.",
+        hint="Point --resume-from at a run's output folder or at one of its checkpoints/epoch_* folders.",
+    )
+
+
+def run_of(checkpoint: Path) -> Path:
+    """Return the output folder of the run that a checkpoint folder belongs to."""
+    return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else checkpoint
