@@ -6,6 +6,7 @@ does not fit.
 """
 
 import pickle
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -135,7 +136,9 @@ def load_vae(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype
             f"{checkpoint.vae / 'config.json'} lacks {', '.join(missing)}.",
             hint="The folder must hold diffusers' AutoencoderOobleck; download vae/ of ACE-Step/Ace-Step1.5 again.",
         )
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        # Diffusers builds it with the old weight_norm, because that is how its weights are named.
+        warnings.simplefilter("ignore", FutureWarning)
         vae = AutoencoderOobleck(**{key: config[key] for key in keys})
     stored = read_weights(checkpoint.vae, "diffusion_pytorch_model")
     return _fill(vae, stored, "VAE", name_on_disk=str, device=device, dtype=dtype)
