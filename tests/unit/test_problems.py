@@ -23,6 +23,7 @@ from sidestep.ui.problems import (
     show_bug,
     show_error,
 )
+from tests.unit.terminal import Terminal
 
 
 @pytest.fixture(autouse=True)
@@ -36,10 +37,9 @@ def logging_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def caught(error: Exception) -> Exception:
     """The error with a traceback, as an except clause has it."""
-    try:
+    with pytest.raises(type(error)) as failure:
         raise error
-    except Exception as raised:
-        return raised
+    return failure.value
 
 
 def test_an_error_is_its_message_then_its_hint() -> None:
@@ -158,7 +158,6 @@ def test_a_library_that_sets_up_its_logger_on_import_stays_quiet_and_nothing_her
 import logging, sys
 from pathlib import Path
 from sidestep.ui import console, metrics, plain, problems, progress, sinks, tables
-from tests.unit.terminal import Terminal
 assert not {{"torch", "transformers", "diffusers", "peft"}} & set(sys.modules)
 problems.quiet_libraries()
 library = logging.getLogger("transformers")
