@@ -17,20 +17,6 @@ from sidestep.ui.console import open_console
 
 LOG_NAME = "sidestep.log"
 INDENT = 2
-# Their warnings interest us, not the user: into the log, never onto the live view.
-NOISY_LIBRARIES = (
-    "LyCORIS",
-    "accelerate",
-    "bitsandbytes",
-    "diffusers",
-    "huggingface_hub",
-    "numba",
-    "peft",
-    "tensorboard",
-    "torch",
-    "torchao",
-    "transformers",
-)
 
 logger = logging.getLogger("sidestep")
 
@@ -95,14 +81,13 @@ def cannot_write(path: Path, error: OSError) -> RunError:
 
 
 def quiet_libraries() -> None:
-    """Send Python warnings and the messages of noisy libraries to the log instead of the screen.
+    """Send Python warnings and the messages of libraries to the log instead of the screen.
 
     Call it before those libraries are imported. Until a log is open the records wait.
     """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.captureWarnings(True)
-    for name in NOISY_LIBRARIES:
-        _make_quiet(name)
+    logging.setLoggerClass(LibraryLogger)
     threading.excepthook = _log_thread
     if not _log_handlers():
         logging.getLogger().addHandler(WaitingRecords())
@@ -161,15 +146,3 @@ def _log_path() -> Path:
 def _log_thread(failure: threading.ExceptHookArgs) -> None:
     if failure.exc_value:
         log_traceback(failure.exc_value)
-
-
-def _make_quiet(name: str) -> None:
-    existing = logging.root.manager.loggerDict.get(name)
-    if isinstance(existing, logging.Logger):
-        existing.handlers.clear()
-        existing.propagate = True
-        return
-    ordinary = logging.getLoggerClass()
-    logging.setLoggerClass(LibraryLogger)
-    logging.getLogger(name)
-    logging.setLoggerClass(ordinary)

@@ -14,15 +14,7 @@ from rich.cells import cell_len
 
 from sidestep.errors import DataError, RunError
 from sidestep.ui import problems
-from sidestep.ui.problems import (
-    LibraryLogger,
-    close_log,
-    log_traceback,
-    open_log,
-    quiet_libraries,
-    show_bug,
-    show_error,
-)
+from sidestep.ui.problems import close_log, log_traceback, open_log, quiet_libraries, show_bug, show_error
 from tests.unit.terminal import Terminal
 
 
@@ -33,6 +25,7 @@ def logging_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     close_log()
     logging.captureWarnings(False)
+    logging.setLoggerClass(logging.Logger)
 
 
 def caught(error: Exception) -> Exception:
@@ -131,11 +124,10 @@ def test_a_log_on_a_full_disk_ends_with_one_warning(tmp_path: Path, capsys: pyte
 def test_library_messages_and_python_warnings_go_to_the_log_not_to_the_screen(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    library = LibraryLogger("some.library")
-    library.parent = logging.getLogger()
-    library.propagate = False
-    library.addHandler(logging.StreamHandler(sys.stderr))
     quiet_libraries()
+    library = logging.getLogger("some.library")
+    library.addHandler(logging.StreamHandler(sys.stderr))
+    library.propagate = False
     open_log(tmp_path / "sidestep.log")
     library.warning("you should probably train this model")
     with warnings.catch_warnings():
@@ -160,10 +152,11 @@ from pathlib import Path
 from sidestep.ui import console, metrics, plain, problems, progress, sinks, tables
 assert not {{"torch", "transformers", "diffusers", "peft"}} & set(sys.modules)
 problems.quiet_libraries()
-library = logging.getLogger("transformers")
-library.addHandler(logging.StreamHandler())
-library.propagate = False
-library.setLevel(logging.WARNING)
+for name in ("transformers", "transformers.models"):
+    library = logging.getLogger(name)
+    library.addHandler(logging.StreamHandler())
+    library.propagate = False
+    library.setLevel(logging.WARNING)
 logging.getLogger("transformers.models").warning("some weights were not used")
 problems.open_log(Path({str(tmp_path / "sidestep.log")!r}))
 """
