@@ -35,6 +35,7 @@ MANIFEST_NAME = "manifest.json"
 PASS1_NAME = ".pass1"
 TENSOR_KEYS = ("target_latents", "attention_mask", "encoder_hidden_states", "encoder_attention_mask", "context_latents")
 AGAIN = "Run preprocessing again: train.py fixed --preprocess ..."
+DELETE = "Delete the file and run preprocessing again: train.py fixed --preprocess ..."
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,17 @@ class Sample:
     target_latents: Tensor
     encoder_hidden_states: Tensor
     context_latents: Tensor
+    metadata: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a tensor file says of itself, read without its tensors: its length in latent frames (25 a second), the
+    width D of its condition rows, how often the song counts, and its metadata."""
+
+    frames: int
+    condition_width: int
+    repeat: int
     metadata: Mapping[str, Any]
 
 
@@ -107,14 +119,11 @@ def read_sample(path: Path, *, allow_cover_context: bool = False) -> Sample:
     content = _load(path)
     metadata = content["metadata"]
     if metadata.get("preprocess_mode") == "lokr" and not allow_cover_context:
-        raise DataError(
-            f"{path.name} was made in lokr mode: its context holds the song itself, which is then no task to learn.",
-            hint=f"Preprocess the songs here; one set of tensors serves every adapter. {AGAIN}",
-        )
+        raise _cover_context_error(path)
     states, mask = content["encoder_hidden_states"], content["encoder_attention_mask"]
     if mask.shape != states.shape[:1]:
         raise DataError(
-            f"{path.name} is damaged: {tuple(mask.shape)} mask for {tuple(states.shape)} condition rows.", hint=AGAIN
+            f"{path.name} is damaged: {tuple(mask.shape)} mask for {tuple(states.shape)} condition rows.", hint=DELETE
         )
     mask = mask.bool()
     states = states if bool(mask.all()) else states[mask]
@@ -127,11 +136,29 @@ def read_metadata(path: Path) -> Mapping[str, Any]:
     return _load(path, mmap=True)["metadata"]
 
 
+def read_header(path: Path) -> Header:
+    """The header of a tensor file. Raises DataError like `read_sample`, but for what only the numbers show."""
+    content = _load(path, mmap=True)
+    metadata, latents, states = content["metadata"], content["target_latents"], content["encoder_hidden_states"]
+    if metadata.get("preprocess_mode") == "lokr":
+        raise _cover_context_error(path)
+    if latents.dim() != 2 or states.dim() != 2 or latents.shape[0] == 0:
+        raise DataError(
+            f"{path.name} is damaged: target_latents is {tuple(latents.shape)}, "
+            f"encoder_hidden_states {tuple(states.shape)}.",
+            hint=AGAIN,
+        )
+    repeat = metadata.get("repeat", 1)
+    if not isinstance(repeat, int) or isinstance(repeat, bool) or repeat < 1:
+        raise DataError(f"{path.name} says it counts {repeat!r} times; that must be a whole number from 1.", hint=AGAIN)
+    return Header(latents.shape[0], states.shape[1], repeat, metadata)
+
+
 def sample_frames(path: Path) -> int:
     """How many latent frames (25 a second) the song has, without reading its tensors from disk. Raises DataError."""
     latents = _load(path, mmap=True)["target_latents"]
     if latents.dim() != 2:
-        raise DataError(f"{path.name} is damaged: target_latents is {tuple(latents.shape)}.", hint=AGAIN)
+        raise DataError(f"{path.name} is damaged: target_latents is {tuple(latents.shape)}.", hint=DELETE)
     return latents.shape[0]
 
 
@@ -149,7 +176,7 @@ def sample_paths(folder: Path) -> list[Path]:
             hint="Run the same preprocessing command again; it goes on where it was.",
         )
     if (folder / MANIFEST_NAME).is_file():
-        paths = [_listed_path(folder, entry) for entry in read_manifest(folder)]
+        paths = [listed_path(folder, entry) for entry in read_manifest(folder)]
     else:
         names = sorted(entry.name for entry in folder.glob("*.pt") if not entry.name.startswith("."))
         paths = [folder / name for name in names if not name.endswith(".tmp.pt")]
@@ -172,7 +199,7 @@ def read_manifest(folder: Path) -> list[str]:
     return [entry.replace("\\", "/") for entry in entries]
 
 
-def _listed_path(folder: Path, entry: str) -> Path:
+def listed_path(folder: Path, entry: str) -> Path:
     """The file a manifest entry means: relative to the folder, or (older ACE-Step tools) to the current directory."""
     root = folder.resolve()
     candidates = [(base / PurePosixPath(entry)).resolve() for base in (root, Path.cwd())]
@@ -191,6 +218,13 @@ def _listed_path(folder: Path, entry: str) -> Path:
     )
 
 
+def _cover_context_error(path: Path) -> DataError:
+    return DataError(
+        f"{path.name} was made in lokr mode: its context holds the song itself, which is then no task to learn.",
+        hint=f"Preprocess the songs here; one set of tensors serves every adapter. {AGAIN}",
+    )
+
+
 def _load(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     """The dict in a tensor file, its keys and types checked."""
     try:
@@ -198,13 +232,13 @@ def _load(path: Path, *, mmap: bool = False) -> dict[str, Any]:
             is_archive = file.read(4) == b"PK\x03\x04"
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap) if is_archive else None
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        raise DataError(f"{path.name} cannot be read: {_first_line(error)}", hint=AGAIN) from error
+        raise DataError(f"{path.name} cannot be read: {_first_line(error)}", hint=DELETE) from error
     if not isinstance(content, dict):
-        raise DataError(f"{path.name} is not a tensor file.", hint=AGAIN)
+        raise DataError(f"{path.name} is not a tensor file.", hint=DELETE)
     missing = [key for key in TENSOR_KEYS if not isinstance(content.get(key), Tensor)]
     missing += [] if isinstance(content.get("metadata"), dict) else ["metadata"]
     if missing:
-        raise DataError(f"{path.name} lacks {', '.join(missing)}.", hint=AGAIN)
+        raise DataError(f"{path.name} lacks {', '.join(missing)}.", hint=DELETE)
     _check_version(path.name, content["metadata"].get("format_version"))
     return content
 
@@ -231,7 +265,7 @@ def _check_tensors(name: str, latents: Tensor, states: Tensor, context: Tensor) 
     for key, tensor, fits in wanted:
         if not fits or not tensor.is_floating_point():
             raise DataError(
-                f"{name} is damaged or of an older format: {key} is {tensor.dtype} {tuple(tensor.shape)}.", hint=AGAIN
+                f"{name} is damaged or of an older format: {key} is {tensor.dtype} {tuple(tensor.shape)}.", hint=DELETE
             )
         if not bool(torch.isfinite(tensor).all()):
             raise DataError(

@@ -1,0 +1,252 @@
+"""From a dataset to a folder of tensor files, in two passes that hold one part of the model at a time.
+
+Pass 1 encodes the audio with the VAE, then the words with the text encoder, and keeps both in `.pass1/`. Pass 2 encodes
+the condition and writes the tensor files. What still holds from an earlier run, finished or not, is not done again.
+"""
+
+import gc
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers.pipelines.ace_step.modeling_ace_step import AceStepConditionEncoder
+from torch import Tensor
+
+from sidestep.data.audio import probe
+from sidestep.data.dataset_file import Dataset, Track
+from sidestep.errors import DataError, RunError
+from sidestep.events import Emit
+from sidestep.model.checkpoint import Checkpoint, check_encoders
+from sidestep.model.loading import load_condition_encoder, load_silence_latent, load_text_encoder, load_vae
+from sidestep.preprocess.encode_audio import Loudness, encode_wave, load_wave
+from sidestep.preprocess.encode_condition import context_latents, encode_condition
+from sidestep.preprocess.encode_text import COUNTS, encode_prompt, report_truncation
+from sidestep.preprocess.parts import has_part, make_parts_folder, read_part, remove_parts, write_part
+from sidestep.preprocess.plan import TIMBRE_FRAMES, Draft, Recipe, Song, draft_songs, make_recipe, plan_song
+from sidestep.preprocess.records import claim_folder
+from sidestep.preprocess.stage import finite, run_stage
+from sidestep.preprocess.tensors import Sample, read_sample, write_sample
+
+
+@dataclass(frozen=True, slots=True)
+class PreprocessResult:
+    """How many songs were written, needed nothing, could not be used, and were taken out with their file."""
+
+    done: int
+    unchanged: int
+    skipped: int
+    removed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """What every stage needs to know."""
+
+    checkpoint: Checkpoint
+    output: Path
+    max_duration: float
+    loudness: Loudness
+    device: torch.device
+    dtype: torch.dtype
+    emit: Emit
+
+
+def preprocess(
+    dataset: Dataset,
+    *,
+    checkpoint: Checkpoint,
+    output: Path,
+    max_duration: float,
+    normalize: Literal["none", "peak", "lufs"],
+    target_db: float,
+    target_lufs: float,
+    device: torch.device,
+    dtype: torch.dtype,
+    emit: Emit,
+) -> PreprocessResult:
+    """Turn the dataset's songs into tensor files in `output`, computed and stored in `dtype`.
+
+    A song that cannot be used is reported as TrackSkipped and left out. Raises DataError when that is so for all of
+    them or `output` belongs to another dataset, ModelError when the checkpoint lacks a part, RunError when memory or
+    the disk is full. Never leaves a partial file; after an interruption the same call goes on where it was.
+    """
+    if not dataset.tracks:
+        raise DataError("The dataset has no songs.", hint="Point --audio-dir at the folder that holds them.")
+    check_encoders(checkpoint)
+    make_parts_folder(output)
+    run = _Run(
+        checkpoint=checkpoint,
+        output=output,
+        max_duration=max_duration,
+        loudness=Loudness(mode=normalize, target_db=target_db, target_lufs=target_lufs),
+        device=device,
+        dtype=dtype,
+        emit=emit,
+    )
+    try:
+        with torch.inference_mode():
+            return _preprocess(run, dataset)
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"The memory of {device} is full.",
+            hint="Close other programs that use it, or add --device cpu; finished songs are not done again.",
+        ) from error
+
+
+def _preprocess(run: _Run, dataset: Dataset) -> PreprocessResult:
+    timbre_frames = int(run.checkpoint.config.get("timbre_fix_frame", TIMBRE_FRAMES))
+    timbre = load_silence_latent(run.checkpoint, frames=timbre_frames)
+    recipe = make_recipe(
+        run.checkpoint, timbre=timbre, max_duration=run.max_duration, loudness=run.loudness, dtype=run.dtype
+    )
+    dataset = replace(dataset, tracks=tuple(_with_duration(track) for track in dataset.tracks))
+    folder = claim_folder(run.output, dataset, emit=run.emit)
+    songs = _plan(run, dataset, recipe)
+    unchanged = [song for song in songs if song.is_unchanged]
+    ready = _encode_audio(run, [song for song in songs if not song.is_unchanged])
+    _free_memory(run.device)
+    ready = _encode_texts(run, ready)
+    _free_memory(run.device)
+    done = _write_tensors(run, ready, timbre)
+    _free_memory(run.device)
+    remove_parts(run.output)
+    if not done and not unchanged:
+        raise DataError(
+            f"None of the {len(dataset.tracks)} songs could be preprocessed.",
+            hint="The reasons are given song by song.",
+        )
+    finished = {song.file for song in (*unchanged, *done)}
+    skipped = len(dataset.tracks) - len(finished)
+    facts = {**_facts(run, recipe), "total": len(dataset.tracks), "processed": len(finished), "failed": skipped}
+    removed = folder.close(
+        dataset,
+        listed=[song.file for song in songs if song.file in finished],
+        written=[s.file for s in done],
+        facts=facts,
+    )
+    return PreprocessResult(done=len(done), unchanged=len(unchanged), skipped=skipped, removed=removed)
+
+
+def _facts(run: _Run, recipe: Recipe) -> dict[str, str | float]:
+    return {
+        "model_variant": recipe.model_variant,
+        "encoder_fingerprint": recipe.encoder_fingerprint,
+        "precision": str(run.dtype).removeprefix("torch."),
+        "max_duration": run.max_duration,
+        "normalize": run.loudness.mode,
+        "target_db": run.loudness.target_db,
+        "target_lufs": run.loudness.target_lufs,
+    }
+
+
+def _with_duration(track: Track) -> Track:
+    """The track with a duration for its prompt, from the file where the dataset gives none."""
+    if track.duration > 0:
+        return track
+    try:
+        return replace(track, duration=int(probe(track.audio_path).seconds))
+    except DataError:
+        # The first pass meets the same file and reports it.
+        return track
+
+
+def _plan(run: _Run, dataset: Dataset, recipe: Recipe) -> list[Song]:
+    """Compare every song with what is there."""
+    # The prompts of all songs come first, because the genre ratio is counted over all of them.
+    drafts = draft_songs(dataset, max_duration=run.max_duration)
+    songs: list[Song] = []
+
+    def compare(draft: Draft) -> bool:
+        song = plan_song(draft, recipe=recipe, output=run.output)
+        if any(song.file == other.file for other in songs):
+            raise DataError(f"{draft.name} is in the dataset more than once.", hint="Set its repeat instead.")
+        songs.append(song)
+        return song.is_unchanged
+
+    run_stage("Looking for what changed", drafts, compare, emit=run.emit)
+    return songs
+
+
+def _encode_audio(run: _Run, songs: list[Song]) -> list[Song]:
+    """Keep the latents of the songs that need them; returns the songs that can go on."""
+    missing = [s for s in songs if not s.keeps_latents and not has_part(run.output, s.latents_part, key=s.latents_key)]
+    if not missing:
+        return songs
+    vae = load_vae(run.checkpoint, device=run.device, dtype=run.dtype)
+
+    def encode(song: Song) -> None:
+        wave = load_wave(song.track.audio_path, max_seconds=run.max_duration, loudness=run.loudness)
+        latents = finite(encode_wave(vae, wave), "latents")
+        write_part(run.output, song.latents_part, {"latents": latents}, key=song.latents_key)
+
+    return _without(songs, missing, run_stage("Pass 1: audio", missing, encode, emit=run.emit))
+
+
+def _encode_texts(run: _Run, songs: list[Song]) -> list[Song]:
+    """Keep the text encoder's rows of the songs that need them; returns the songs that can go on."""
+    missing = [s for s in songs if not s.keeps_condition and not has_part(run.output, s.text_part, key=s.condition_key)]
+    if not missing:
+        return songs
+    tokenizer, encoder = load_text_encoder(run.checkpoint, device=run.device, dtype=run.dtype)
+
+    def encode(song: Song) -> None:
+        encoded = encode_prompt(tokenizer, encoder, song.prompt)
+        rows = {"text": finite(encoded.text, "text rows"), "lyrics": finite(encoded.lyrics, "lyrics rows")}
+        write_part(run.output, song.text_part, rows, key=song.condition_key, facts=encoded.counts)
+
+    return _without(songs, missing, run_stage("Pass 1: text", missing, encode, emit=run.emit))
+
+
+def _write_tensors(run: _Run, songs: list[Song], timbre: Tensor) -> list[Song]:
+    """Pass 2: encode the condition where it changed and write the tensor files; returns the songs written."""
+    encoder = None
+    if not all(song.keeps_condition for song in songs):
+        encoder = load_condition_encoder(run.checkpoint, device=run.device, dtype=run.dtype)
+
+    def write(song: Song) -> None:
+        latents = _latents(run, song)
+        states, counts = _condition(run, song, encoder, timbre)
+        silence = load_silence_latent(run.checkpoint, frames=latents.shape[0]).to(run.dtype)
+        sample = Sample(latents, states, context_latents(silence), {**song.metadata, **counts})
+        write_sample(run.output / song.file, sample)
+        report_truncation(song.name, counts, emit=run.emit)
+        remove_parts(run.output, song.latents_part)
+        remove_parts(run.output, song.text_part)
+
+    return run_stage("Pass 2: conditions and tensor files", songs, write, emit=run.emit)
+
+
+def _latents(run: _Run, song: Song) -> Tensor:
+    """The latents [T, 64] of a song: those of its file where they still hold, else those of the first pass."""
+    if song.keeps_latents:
+        return read_sample(run.output / song.file).target_latents
+    return read_part(run.output, song.latents_part)[0]["latents"]
+
+
+def _condition(
+    run: _Run, song: Song, encoder: AceStepConditionEncoder | None, timbre: Tensor
+) -> tuple[Tensor, Mapping[str, int]]:
+    """The condition rows [L, D] of a song and its token counts; without an encoder those of its file hold."""
+    if encoder is None or song.keeps_condition:
+        sample = read_sample(run.output / song.file)
+        return sample.encoder_hidden_states, {key: sample.metadata[key] for key in COUNTS}
+    rows, counts = read_part(run.output, song.text_part)
+    return encode_condition(encoder, text=rows["text"], lyrics=rows["lyrics"], timbre=timbre), counts
+
+
+def _without(songs: list[Song], tried: list[Song], done: list[Song]) -> list[Song]:
+    failed = {song.file for song in tried} - {song.file for song in done}
+    return [song for song in songs if song.file not in failed]
+
+
+def _free_memory(device: torch.device) -> None:
+    """Give back what the part of the model that was just dropped took, before the next one is loaded."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+    elif device.type == "xpu":
+        torch.xpu.empty_cache()
