@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -48,13 +49,7 @@ def build_toy_checkpoint(
     generator = torch.Generator().manual_seed(seed)
     config = toy_config(variant)
     parts = _model_parts(config)
-    vae = AutoencoderOobleck(
-        encoder_hidden_size=2 * _CHANNELS,  # The posterior's mean and scale: the encoder cannot be narrower than this.
-        downsampling_ratios=[4, 6, 8, 10],
-        channel_multiples=[1, 1, 1, 1],
-        decoder_channels=2,
-        sampling_rate=48_000,
-    )
+    vae = _build_vae()
     text_encoder = Qwen3Model(_text_config())
     for module in (*parts.values(), text_encoder):
         _randomize(module, generator)
@@ -159,6 +154,18 @@ def _training_text() -> Iterable[str]:
     yield "- bpm: 120\n- timesignature: 4\n- keyscale: A minor\n- duration: 30 seconds\n"
     yield "# Languages\nen\n\n# Lyric\n[Verse]\n[Chorus]\n[Instrumental]\n"
     yield "a bright melody over a warm bass and a steady beat, light drums, slow and calm, fast and loud"
+
+
+def _build_vae() -> AutoencoderOobleck:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # Diffusers builds it with the old weight_norm.
+        return AutoencoderOobleck(
+            encoder_hidden_size=2 * _CHANNELS,  # The posterior's mean and scale: it cannot be narrower than this.
+            downsampling_ratios=[4, 6, 8, 10],
+            channel_multiples=[1, 1, 1, 1],
+            decoder_channels=2,
+            sampling_rate=48_000,
+        )
 
 
 def _text_config() -> Qwen3Config:

@@ -85,9 +85,11 @@ def find_checkpoint(root: Path, variant: str, *, base_model: str | None = None) 
     layout: Layout = "diffusers" if (folder / _PIPELINE_FILE).is_file() else "original"
     config = read_json(folder / ("transformer/config.json" if layout == "diffusers" else "config.json"))
     is_xl = architecture.is_xl(config)
+    architecture.decoder_arguments(config)
+    folder_name = root.resolve().name if folder == root else folder.name
     # A pipeline in `root` itself has no other name than the one it is asked for by.
-    name = variant if folder == root and variant in VARIANTS else _variant_of(folder.resolve().name)
-    family = _family(folder.resolve().name, config, is_xl=is_xl, asked=name, base_model=base_model)
+    name = variant if folder == root and variant in VARIANTS else _variant_of(folder_name)
+    family = _family(folder_name, config, is_xl=is_xl, asked=name, base_model=base_model)
     if folder == root and variant in VARIANTS:
         _check_asked(variant, f"xl-{family}" if is_xl else family, folder)
     parts = folder if layout == "diffusers" else root
@@ -171,8 +173,17 @@ def encoder_fingerprint(checkpoint: Checkpoint) -> str:
     diffusers' names; reads a few hundred KiB. The null condition and the silence latent make no condition rows of
     their own and are left out. float16 keeps fewer small values than bfloat16, so such a copy may count as another.
     """
+    return _fingerprint(condition_encoder_tensors(checkpoint))
+
+
+def decoder_fingerprint(checkpoint: Checkpoint) -> str:
+    """Identify the decoder's weights, which an adapter belongs to, like `encoder_fingerprint` does the encoder's."""
+    return _fingerprint(decoder_tensors(checkpoint))
+
+
+def _fingerprint(tensors: Mapping[str, StoredTensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(condition_encoder_tensors(checkpoint).items()):
+    for name, tensor in sorted(tensors.items()):
         if name not in (names.NULL_CONDITION, names.SILENCE_LATENT):
             digest.update(json.dumps([name, tensor.shape]).encode())
             digest.update(_to_bfloat16(tensor.first_values(_FINGERPRINT_VALUES)).tobytes())
@@ -259,7 +270,7 @@ def _family(folder: str, config: Mapping[str, Any], *, is_xl: bool, asked: str, 
     says it first.
     """
     official = _OFFICIAL_FOLDER.fullmatch(folder)
-    told = _told_family(config, (official[2] if official else folder, asked))
+    told = _told_family(config, (official[2],) if official else (folder, asked), trusted=bool(official))
     stated = _base_family(base_model, is_xl=is_xl) if base_model else None
     if official and stated and told != stated:
         raise ConfigError(
@@ -275,15 +286,18 @@ def _family(folder: str, config: Mapping[str, Any], *, is_xl: bool, asked: str, 
     return family
 
 
-def _told_family(config: Mapping[str, Any], folder_names: tuple[str, ...]) -> Family | None:
-    """What `is_turbo` in config.json says, else its `model_version`, else the first name with just one family in it."""
+def _told_family(config: Mapping[str, Any], folder_names: tuple[str, ...], *, trusted: bool) -> Family | None:
+    """What `is_turbo` in config.json says, else its `model_version`, else the first name with just one family in it.
+
+    A flag that says "not turbo" beside a name that says "turbo" tells nothing, unless the name can be trusted.
+    """
     if config.get("is_turbo") is True:
         return "turbo"
     for text in (str(config.get("model_version")), *folder_names):
         words = re.split(r"[^a-z0-9]+", text.lower())
         found: list[Family] = [family for family in FAMILIES if family in words]
-        # A flag that says "no turbo" beside a name that says "turbo" tells nothing.
-        if len(found) == 1 and not (found[0] == "turbo" and config.get("is_turbo") is False):
+        contradicted = found == ["turbo"] and config.get("is_turbo") is False and not trusted
+        if len(found) == 1 and not contradicted:
             return found[0]
     return None
 
