@@ -71,15 +71,12 @@ def find_audio(folder: Path) -> list[Path]:
 
 
 def probe(path: Path) -> AudioInfo:
-    """Read length, rate and channels; decodes only where the header leaves the length open.
+    """Read length, rate and channels without decoding.
 
     Raises DataError naming the file when it is unreadable, cut off, empty, or shorter than one latent frame (0.04 s).
     """
     with _open(path) as file:
-        rate, channels, frames = file.samplerate, file.channels, file.frames
-        if frames >= UNKNOWN_FRAMES:
-            frames = sum(len(block) for block in _decode(file, path, frames))
-        return AudioInfo(frames / rate, rate, channels)
+        return AudioInfo(file.frames / file.samplerate, file.samplerate, file.channels)
 
 
 def read_audio(path: Path, *, max_seconds: float) -> tuple[np.ndarray, int]:
@@ -125,9 +122,11 @@ def _open(path: Path) -> Iterator[soundfile.SoundFile]:
             hint=f"{READABLE} can be read; convert it, or take it out of the folder.",
         ) from error
     with file:
-        if held is not None and file.frames + PADDING_SAMPLES < held:
-            read, there = file.frames / file.samplerate, held / file.samplerate
-            raise wrong_length(path, f"{read:.1f} s of {there:.1f} s")
+        if file.frames >= UNKNOWN_FRAMES:
+            raise wrong_length(path, "its header does not say how long it is")
+        if held is not None and abs(file.frames - held) > PADDING_SAMPLES:
+            told, there = file.frames / file.samplerate, held / file.samplerate
+            raise wrong_length(path, f"{told:.1f} s in place of {there:.1f} s")
         if file.frames / file.samplerate < MINIMUM_SECONDS:
             length = "holds no sound: its length is zero" if not file.frames else f"is too short: {file.frames} samples"
             raise DataError(f"{path.name} {length}.", hint=f"A song needs at least {MINIMUM_SECONDS} s.")
@@ -143,7 +142,7 @@ def _decode(file: soundfile.SoundFile, path: Path, frames: int) -> Iterator[np.n
         except soundfile.LibsndfileError as error:
             raise cut_off(path, _reason(error)) from error
         if not len(block):
-            if left > SHORTFALL_SAMPLES and file.frames < UNKNOWN_FRAMES:
+            if left > SHORTFALL_SAMPLES:
                 there, told = (frames - left) / file.samplerate, file.frames / file.samplerate
                 raise cut_off(path, f"its header promises {told:.1f} s, {there:.1f} s are there")
             return

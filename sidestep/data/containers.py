@@ -54,10 +54,10 @@ def cut_off(path: Path, why: str) -> DataError:
 
 
 def wrong_length(path: Path, why: str) -> DataError:
-    """The error for an MP3 that holds more than the decoder would read."""
+    """The error for a file whose length the decoder would get wrong, and leave out what lies behind."""
     return DataError(
-        f"{path.name} has a wrong length header, and part of it would not be read: {why}.",
-        hint="Repair its header (for example with `ffmpeg -i in.mp3 -c copy out.mp3`), or convert it to FLAC.",
+        f"{path.name} has no length header or a wrong one, so its length would be misread: {why}.",
+        hint="Convert it to a new FLAC file, for example with `ffmpeg -i song.mp3 song.flac`.",
     )
 
 

@@ -232,7 +232,8 @@ def _warn_of_changes(audio_dir: Path, dataset: Dataset, path: Path, emit: Emit) 
         emit(Notice(text=text, level="warning"))
     written = path.stat().st_mtime
     songs = {track.audio_path.stem for track in dataset.tracks}
-    newer = [file for file in files if is_sidecar(file.name, songs) and file.stat().st_mtime > written]
+    sidecars = [file for file in files if is_sidecar(file.name, songs) and file.is_file()]
+    newer = [file for file in sidecars if file.stat().st_mtime > written]
     if newer:
         text = f"{printable(newer[0].name)} was changed after {path.name} was written, which is what counts. {REBUILD}"
         emit(Notice(text=text, level="warning"))
