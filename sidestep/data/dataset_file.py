@@ -12,6 +12,7 @@ A relative path may not leave the JSON's folder; an absolute `audio_path` is the
 sample is the tag in effect, since they look nowhere else.
 """
 
+import contextlib
 import datetime
 import hashlib
 import json
@@ -88,10 +89,11 @@ def scan_folder(folder: Path, *, emit: Emit) -> Dataset:
     taken: set[str] = set()
     for path, name in zip(audio, names, strict=True):
         try:
+            _check_storable(name)
             raw, odd = read_sidecars(path, beside[path.parent], rows.get(name))
             fields, unclear = parse_fields(raw)
             fields["duration"] = int(probe(path).seconds)
-            tracks.append(Track(id=_track_id(name, taken), audio_path=path, name=_storable(name), **fields))
+            tracks.append(Track(id=_track_id(name, taken), audio_path=path, name=name, **fields))
             remarks += [f"{name}: {sentence}" for sentence in (*odd, *unclear)]
         except DataError as error:
             emit(TrackSkipped(name=printable(name), reason=error.message, hint=error.hint))
@@ -157,7 +159,8 @@ def write_dataset(path: Path, dataset: Dataset) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise RunError(f"{path} cannot be written: {error.strerror}.", hint="Choose another --output.") from error
 
 
@@ -196,10 +199,9 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "replace").decode("utf-8")
 
 
-def _storable(name: str) -> str:
+def _check_storable(name: str) -> None:
     if printable(name) != name:
         raise DataError(f"The file name {printable(name)} is not valid UTF-8.", hint="Rename the file.")
-    return name
 
 
 def _track_id(name: str, taken: set[str]) -> str:
