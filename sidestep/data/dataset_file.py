@@ -25,7 +25,7 @@ from typing import Any, Literal, cast
 
 from sidestep.data.audio import AUDIO_SUFFIXES, UNREAD_SUFFIXES, find_audio, find_files, probe
 from sidestep.data.fields import INSTRUMENTAL, UNKNOWN_LANGUAGE, canonical, has_words, parse_fields
-from sidestep.data.sidecars import assign_rows, companions, is_sidecar, normalized, read_rows, read_sidecars, read_text
+from sidestep.data.sidecars import assign_rows, companions, is_sidecar, normalized, read_json, read_rows, read_sidecars
 from sidestep.errors import DataError, RunError
 from sidestep.events import Emit, Notice, TrackSkipped
 
@@ -111,12 +111,7 @@ def read_dataset(path: Path) -> Dataset:
     """
     if not path.is_file():
         raise DataError(f"There is no dataset file {path}.", hint=REBUILD)
-    try:
-        content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not valid JSON: {error.msg} in line {error.lineno}.", hint=REBUILD) from error
-    except RecursionError as error:
-        raise DataError(f"{path} is not a dataset file: it is nested too deeply.", hint=REBUILD) from error
+    content = read_json(path)
     metadata = content.get("metadata") or {} if isinstance(content, dict) else {}
     samples = content.get("samples") if isinstance(content, dict) else content
     if not isinstance(samples, list) or not isinstance(metadata, dict):

@@ -178,7 +178,7 @@ def parse_fields(raw: Mapping[str, object]) -> tuple[dict[str, Any], list[str]]:
             remarks.append(f"{name}: {error}")
     fields["lyrics"] = fields.get("lyrics") or INSTRUMENTAL
     if "is_instrumental" not in fields:
-        says_so = parse_text(raw.get("language")).lower() == "instrumental"
+        says_so = str(raw.get("language")).strip().lower() == "instrumental"
         fields["is_instrumental"] = says_so or not has_words(fields["lyrics"])
     return fields, remarks
 

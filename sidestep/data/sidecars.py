@@ -17,11 +17,13 @@ import unicodedata
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sidestep.data.fields import ALIASES, canonical, has_words
 from sidestep.errors import DataError
 
 ENDINGS = (".caption.txt", ".lyrics.txt", ".json", ".txt")
+REPAIR = "Correct it in a text editor, or make it again."
 FILE_COLUMNS = ("file", "filename", "file_name")
 # Fields that may go over several lines of a `song.txt`.
 LONG_FIELDS = ("caption", "genre", "lyrics")
@@ -65,6 +67,20 @@ def read_text(path: Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
+def read_json(path: Path) -> Any:
+    """Read a JSON file, an empty one as `{}`. Raises DataError naming the file when it is no JSON, or no text in it."""
+    try:
+        content = json.loads(read_text(path) or "{}")
+        json.dumps(content, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path.name} is not valid JSON: {error.msg} in line {error.lineno}.", hint=REPAIR) from error
+    except RecursionError as error:
+        raise DataError(f"{path.name} is not usable: it is nested too deeply.", hint=REPAIR) from error
+    except ValueError as error:  # Half of a surrogate pair, or a number of thousands of digits.
+        raise DataError(f"{path.name} is not usable: {error}.", hint=REPAIR) from error
+    return content
+
+
 def companions(files: Iterable[Path]) -> Companions:
     """Index the sidecars among the files of one folder by the song's name (as written, and composed) and ending."""
     found: dict[tuple[str, str], Path] = {}
@@ -100,7 +116,7 @@ def read_sidecars(audio: Path, beside: Companions, row: Row | None) -> tuple[Fie
         if path := paths[f".{field}.txt"]:
             sources.append((path.name, {field: read_text(path)}))
     if path := paths[".json"]:
-        sources.append((path.name, _read_json(path)))
+        sources.append((path.name, _read_fields(path)))
     if row is not None:
         sources.append((row.source, row.fields))
     return _merge(sources, remarks), remarks
@@ -213,11 +229,8 @@ def _looks_like_caption(fields: Fields, paths: Mapping[str, Path | None]) -> boo
     )
 
 
-def _read_json(path: Path) -> Fields:
-    try:
-        content = json.loads(read_text(path) or "{}")
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path.name} is not valid JSON: {error.msg} in line {error.lineno}.") from error
+def _read_fields(path: Path) -> Fields:
+    content = read_json(path)
     if not isinstance(content, dict):
         raise DataError(f'{path.name} must hold an object like {{"caption": "...", "bpm": 120}}.')
     if "samples" in content:  # a dataset.json that happens to lie beside a dataset.wav

@@ -111,10 +111,22 @@ def test_odd_metadata_and_unread_formats_are_remarked_on(tmp_path: Path) -> None
 
 def full_dataset(folder: Path) -> Dataset:
     described = Track(
-        id="0123abcd", audio_path=song(folder / "disc 1/söng.wav"), name="disc 1/söng.wav",
-        caption='a "quoted" caption', genre="rock, pop", lyrics="[Verse]\nlá", bpm=120,
-        keyscale="A minor", timesignature="4", language="en", is_instrumental=False, custom_tag="own", prompt_override="genre", duration=1, repeat=3,
-    )  # fmt: skip
+        id="0123abcd",
+        audio_path=song(folder / "disc 1/söng.wav"),
+        name="disc 1/söng.wav",
+        caption='a "quoted" caption',
+        genre="rock, pop",
+        lyrics="[Verse]\nlá",
+        bpm=120,
+        keyscale="A minor",
+        timesignature="4",
+        language="en",
+        is_instrumental=False,
+        custom_tag="own",
+        prompt_override="genre",
+        duration=1,
+        repeat=3,
+    )
     bare = Track(id="00000001", audio_path=song(folder / "b.wav"), name="b.wav", duration=1)
     return Dataset(
         folder=folder, tracks=(described, bare), name="mine", custom_tag="zzz", tag_position="append", genre_ratio=30
@@ -221,6 +233,7 @@ def test_ids_that_are_no_plain_words_or_used_twice_are_replaced(tmp_path: Path) 
 @pytest.mark.parametrize(("content", "reason"), [
     ("{", "not valid JSON"), ("3", 'needs a list "samples"'), ('{"samples": {}}', 'needs a list "samples"'),
     ('{"samples": []}', "lists no songs"), ("[" * 100000, "nested too deeply"), ("[1]", "sample 1 is not an object"),
+    ('[{"audio_path": "\\ud800"}]', "surrogates not allowed"),
     ("[{}]", "sample 1 has no audio_path"), ('[{"audio_path": 3}]', "audio_path is not a path"),
     ('[{"audio_path": "a.wav", "bpm": "fast"}]', r"sample 1 \(a.wav\): bpm: 'fast' is not a number"),
     ('[{"audio_path": "a.wav"}, {"audio_path": "./a.wav"}]', "lists a.wav twice"),
