@@ -232,7 +232,7 @@ def _looks_like_caption(fields: Fields, paths: Mapping[str, Path | None]) -> boo
 def _read_fields(path: Path) -> Fields:
     content = read_json(path)
     if not isinstance(content, dict):
-        raise DataError(f'{path.name} must hold an object like {{"caption": "...", "bpm": 120}}.')
+        raise DataError(f'{path.name} must hold an object like {{"caption": "...", "bpm": 120}}.', hint=REPAIR)
     if "samples" in content:  # a dataset.json that happens to lie beside a dataset.wav
         return {}
     return canonical(content)
