@@ -16,7 +16,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_oobleck import AutoencoderOobleck
 from diffusers.models.transformers.ace_step_transformer import AceStepTransformer1DModel
 from diffusers.pipelines.ace_step.modeling_ace_step import AceStepConditionEncoder, AceStepTimbreEncoder
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
@@ -33,7 +33,7 @@ from sidestep.model.checkpoint import (
     name_on_disk,
     null_condition_tensor,
 )
-from sidestep.model.weights import StoredTensor, check_tensors, read_json, read_weights
+from sidestep.model.weights import DOWNLOAD_AGAIN, StoredTensor, check_tensors, read_json, read_weights
 
 __all__ = [
     "TimbreEncoder",
@@ -50,6 +50,8 @@ Model = TypeVar("Model", bound=nn.Module)
 
 SILENCE_FRAMES = 15_000
 """Length of the stored latent of silence: 600 s at 25 frames/s."""
+
+_NOT_OF_TIMBRE = ("text_hidden_dim", "num_lyric_encoder_hidden_layers", "layer_types")
 
 
 class TimbreEncoder(AceStepTimbreEncoder):
@@ -94,7 +96,9 @@ def load_condition_encoder(
     with torch.device("meta"):
         encoder = AceStepConditionEncoder(**arguments)
         if checkpoint.is_xl:
-            encoder.timbre_encoder = TimbreEncoder(**dict(encoder.timbre_encoder.config))
+            encoder.timbre_encoder = TimbreEncoder(
+                **{key: size for key, size in arguments.items() if key not in _NOT_OF_TIMBRE}
+            )
     stored = condition_encoder_tensors(checkpoint)
     silence: dict[str, Tensor] = {}
     if checkpoint.layout == "original":
@@ -220,7 +224,10 @@ def _read(stored: Mapping[str, StoredTensor], *, device: torch.device, dtype: to
         by_file[tensor.file].append((name, tensor.name))
     tensors = {}
     for file, pairs in by_file.items():
-        with safe_open(file, framework="pt", device="cpu") as content:
-            for name, stored_name in pairs:
-                tensors[name] = content.get_tensor(stored_name).to(device, dtype)
+        try:
+            with safe_open(file, framework="pt", device="cpu") as content:
+                for name, stored_name in pairs:
+                    tensors[name] = content.get_tensor(stored_name).to(device, dtype)
+        except SafetensorError as error:
+            raise ModelError(f"{file} cannot be read: {error}.", hint=DOWNLOAD_AGAIN) from error
     return tensors

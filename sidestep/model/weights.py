@@ -11,7 +11,7 @@ import numpy as np
 
 from sidestep.errors import ModelError
 
-_DOWNLOAD_AGAIN = "Download this checkpoint again: the file is incomplete or was changed."
+DOWNLOAD_AGAIN = "Download this checkpoint again: the file is incomplete or was changed."
 _LARGEST_HEADER = 100_000_000  # Bytes; the limit of the safetensors format.
 _SHOWN = 5
 _NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # numpy has no bfloat16: its 16 bits instead.
@@ -45,9 +45,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ModelError(f"{path} is missing.", hint="Download this checkpoint again: it is incomplete.") from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path} cannot be read: {error}.", hint=_DOWNLOAD_AGAIN) from error
+        raise ModelError(f"{path} cannot be read: {error}.", hint=DOWNLOAD_AGAIN) from error
     if not isinstance(content, dict):
-        raise ModelError(f"{path} does not hold a JSON object.", hint=_DOWNLOAD_AGAIN)
+        raise ModelError(f"{path} does not hold a JSON object.", hint=DOWNLOAD_AGAIN)
     return content
 
 
@@ -78,10 +78,10 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             if start == _LFS_POINTER[:8]:
                 raise ModelError(f"{file} is a Git LFS pointer, not the weights.", hint="Run `git lfs pull` there.")
             if len(start) < 8 or length > min(_LARGEST_HEADER, size - 8):
-                raise ModelError(f"{file} is truncated or no safetensors file.", hint=_DOWNLOAD_AGAIN)
+                raise ModelError(f"{file} is truncated or no safetensors file.", hint=DOWNLOAD_AGAIN)
             header = json.loads(stream.read(length))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{file} cannot be read as safetensors: {error}.", hint=_DOWNLOAD_AGAIN) from error
+        raise ModelError(f"{file} cannot be read as safetensors: {error}.", hint=DOWNLOAD_AGAIN) from error
     try:
         tensors = {
             name: StoredTensor(file, name, tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][0])
@@ -90,20 +90,21 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         }
         end = 8 + length + max((header[name]["data_offsets"][1] for name in tensors), default=0)
     except (AttributeError, KeyError, TypeError, IndexError) as error:
-        raise ModelError(f"The header of {file} is not that of a safetensors file.", hint=_DOWNLOAD_AGAIN) from error
-    if size < end:
-        raise ModelError(f"{file} is truncated: it has {size:,} of {end:,} bytes.", hint=_DOWNLOAD_AGAIN)
+        raise ModelError(f"The header of {file} is not that of a safetensors file.", hint=DOWNLOAD_AGAIN) from error
+    if size != end:
+        state = "truncated" if size < end else "damaged"
+        raise ModelError(f"{file} is {state}: it has {size:,} bytes instead of {end:,}.", hint=DOWNLOAD_AGAIN)
     return tensors
 
 
 def _read_shards(index: Path) -> dict[str, StoredTensor]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ModelError(f'{index} has no "weight_map" from tensors to files.', hint=_DOWNLOAD_AGAIN)
+        raise ModelError(f'{index} has no "weight_map" from tensors to files.', hint=DOWNLOAD_AGAIN)
     names = sorted(set(weight_map.values()))
     outside = [name for name in names if PurePath(name).name != name]
     if outside:
-        raise ModelError(f"{index} names a file outside its folder: {outside[0]}.", hint=_DOWNLOAD_AGAIN)
+        raise ModelError(f"{index} names a file outside its folder: {outside[0]}.", hint=DOWNLOAD_AGAIN)
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise ModelError(
@@ -114,7 +115,7 @@ def _read_shards(index: Path) -> dict[str, StoredTensor]:
     absent = [tensor for tensor, shard in weight_map.items() if tensor not in shards[shard]]
     if absent:
         raise ModelError(
-            f"{index} names {len(absent)} tensors that its files do not hold: {shorten(absent)}.", hint=_DOWNLOAD_AGAIN
+            f"{index} names {len(absent)} tensors that its files do not hold: {shorten(absent)}.", hint=DOWNLOAD_AGAIN
         )
     return {tensor: shards[shard][tensor] for tensor, shard in weight_map.items()}
 

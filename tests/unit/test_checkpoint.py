@@ -249,6 +249,13 @@ def test_truncated_weights_are_recognised_by_the_header(tmp_path: Path, kept: in
         find_checkpoint(tmp_path, "base")
 
 
+def test_weights_with_bytes_to_spare_are_damaged(tmp_path: Path):
+    weights = make_model(tmp_path, "acestep-v15-base") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b"more")
+    with pytest.raises(ModelError, match=r"model\.safetensors is damaged"):
+        find_checkpoint(tmp_path, "base")
+
+
 @pytest.mark.parametrize("header", [b"[1]", b'{"a": 1}', b'{"a": {"dtype": "F32"}}', b"{{{"])
 def test_a_strange_header_is_recognised(tmp_path: Path, header: bytes):
     weights = make_model(tmp_path, "acestep-v15-base") / "model.safetensors"
