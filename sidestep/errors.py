@@ -5,7 +5,8 @@ SidestepError            a message, a hint with the way out, and an exit code
 ├── ConfigError   exit 2  a flag, a preset or a combination of settings is wrong
 ├── DataError     exit 1  audio, a sidecar, dataset.json or a tensor file is wrong
 ├── ModelError    exit 1  a checkpoint or an adapter is missing, damaged or of another model
-└── RunError      exit 1  memory, disk, or numbers that are no longer finite
+└── RunError      exit 1  memory or disk ran out
+    └── NonFiniteError    the loss or its gradient is no longer a finite number
 ```
 Anything else that reaches `main` is a bug of ours: exit 70.
 """
@@ -38,3 +39,7 @@ class ModelError(SidestepError):
 
 class RunError(SidestepError):
     """The machine could not carry on: memory, disk, or non-finite numbers."""
+
+
+class NonFiniteError(RunError):
+    """The loss or its gradient is no longer a finite number; the weights were not touched."""

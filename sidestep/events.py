@@ -69,7 +69,7 @@ class RunStarted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepDone:
-    """An optimizer step is over. Carries nothing that would have to wait for the GPU. `step` and `epoch` count from 1."""
+    """An optimizer step is over; nothing in it has to wait for the GPU. `step` and `epoch` count from 1."""
 
     step: int
     epoch: int
@@ -77,7 +77,7 @@ class StepDone:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metrics:
-    """Read back every `log_every` steps: `loss` is the mean since the last reading, `grad_norm` that of the last step before clipping."""
+    """Read back every `log_every` steps: mean `loss` since the last reading, last `grad_norm` before clipping."""
 
     step: int
     epoch: int
@@ -90,7 +90,7 @@ class Metrics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerGradients:
-    """Gradient norm of each adapted module (people's names, `layers.0.self_attn.q_proj`), every `log_heavy_every` steps."""
+    """Gradient norm of each adapted module by the original's name (`layers.0.self_attn.q_proj`)."""
 
     step: int
     norms: Mapping[str, float]
@@ -106,12 +106,12 @@ class TimestepsDrawn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validated:
-    """The held-out loss and its standard error over songs; `bands` maps a timestep band ("0.0-0.2") to its loss."""
+    """The held-out loss, its standard error over songs (None for one song), and the loss per band ("0.4-0.6") of t."""
 
     step: int
     epoch: int
     loss: float
-    standard_error: float
+    standard_error: float | None
     bands: Mapping[str, float]
     is_best: bool
 
@@ -144,7 +144,7 @@ class AdapterSaved:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunDone:
-    """Training ended: all steps done, stopped early, or interrupted by the user (then `resume_command` goes on from it)."""
+    """Training ended: all steps done, stopped early, or interrupted (then `resume_command` goes on from there)."""
 
     step: int
     epoch: int

@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+import tomllib
 from pathlib import Path
 
 import platformdirs
@@ -11,6 +12,11 @@ from sidestep.errors import ConfigError
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 CHECKPOINT_VARIABLE = "SIDESTEP_CHECKPOINT_DIR"
+
+
+def product_version() -> str:
+    """Return Side-Step's version, which stands in pyproject.toml alone."""
+    return tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
 
 
 def config_folder() -> Path:

@@ -60,17 +60,18 @@ def save_preset(name: str, config: TrainConfig, *, description: str = "") -> Pat
     return path
 
 
-def write_run_config(path: Path, config: TrainConfig, *, recipe: str, version: str, objective: str) -> None:
-    """Write a run's config.json: its settings, its recipe by name and in words, and who wrote it."""
-    settings = values_of(config)
-    content = {
-        "format_version": CONFIG_FORMAT,
-        "sidestep_version": version,
-        "recipe": recipe,
-        "objective": objective,
-        "settings": {name: _absolute(value) for name, value in settings.items() if name not in ("resume_from",)},
-    }
-    write_text(path, _to_json(content))
+def run_config_text(config: TrainConfig, *, recipe: str, version: str, objective: str) -> str:
+    """Return a run's config.json: its settings, its recipe by name and in words, and who wrote it."""
+    settings = {name: _absolute(value) for name, value in values_of(config).items() if name != "resume_from"}
+    return _to_json(
+        {
+            "format_version": CONFIG_FORMAT,
+            "sidestep_version": version,
+            "recipe": recipe,
+            "objective": objective,
+            "settings": settings,
+        }
+    )
 
 
 def read_run_config(path: Path) -> tuple[str, dict[str, Any]]:

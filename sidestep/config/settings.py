@@ -50,10 +50,14 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class When:
-    """A setting has an effect only when another one has one of these values."""
+    """A setting has an effect only when another one has one of these values.
+
+    Given without effect, it earns a notice; or an error where `is_strict`, because something else must be meant.
+    """
 
     setting: str
     values: tuple[object, ...]
+    is_strict: bool = False
 
     def holds(self, values: Values) -> bool:
         """Say whether the condition is met by these settings."""

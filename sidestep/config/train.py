@@ -18,8 +18,8 @@ PREPROCESSING = "Preprocessing"
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WORKERS = When("num_workers", tuple(range(1, 257)))
-LOKR = When("adapter_type", ("lokr",))
-PEFT = When("adapter_type", ("lora", "dora"))
+LOKR = When("adapter_type", ("lokr",), is_strict=True)
+PEFT = When("adapter_type", ("lora", "dora"), is_strict=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,168 @@
+"""`fixed` and `vanilla`: preprocess where asked, then train.
+
+Everything that can be checked without torch is checked before the door to it opens.
+"""
+
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sidestep.commands.interrupts import Interrupts
+from sidestep.config.flags import GlobalConfig, LayersConfig
+from sidestep.config.places import default_checkpoint_dir, product_version, remember, write_text
+from sidestep.config.presets import save_preset
+from sidestep.config.resolve import resolve_training
+from sidestep.config.runs import RUN_CONFIG, checkpoints_in
+from sidestep.config.settings import build, parse_values, settings_of
+from sidestep.config.train import TrainConfig
+from sidestep.data.audio import AUDIO_SUFFIXES
+from sidestep.data.dataset_file import load_dataset
+from sidestep.errors import ConfigError, DataError
+from sidestep.model.checkpoint import Checkpoint, check_encoders, find_checkpoint
+from sidestep.ui.console import Console, open_console
+from sidestep.ui.problems import LOG_NAME, cannot_write, open_log, quiet_libraries
+from sidestep.ui.sinks import combine, open_screen, write_log
+
+EXIT_SKIPPED = 1
+EXIT_INTERRUPTED = 130
+
+
+def run(command: str, values: Mapping[str, Any], *, screen: GlobalConfig) -> int:
+    """Carry out `fixed` or `vanilla` with the typed values; returns the exit code."""
+    layer_names = {setting.name for setting in settings_of(LayersConfig)}
+    layers = build(LayersConfig, parse_values(LayersConfig, {k: v for k, v in values.items() if k in layer_names}))
+    typed = {name: value for name, value in values.items() if name not in layer_names}
+    resolved = resolve_training(command, typed, preset=layers.preset, source=layers.config)
+    config = resolved.config
+    console = open_console(plain=screen.plain)
+    for notice in resolved.notices:
+        console.print(notice)
+    if layers.save_preset:
+        console.print(f"Saved as preset: {save_preset(layers.save_preset, config)}")
+    checkpoint = _checkpoint(config)
+    skipped = 0
+    if config.preprocess:
+        skipped = _preprocess(config, checkpoint, console)
+    if config.output_dir is not None:
+        outcome = _train(command, config, checkpoint, config.output_dir, console)
+        return outcome or (EXIT_SKIPPED if skipped else 0)
+    return EXIT_SKIPPED if skipped else 0
+
+
+def _checkpoint(config: TrainConfig) -> Checkpoint:
+    root = config.checkpoint_dir or default_checkpoint_dir()
+    checkpoint = find_checkpoint(root, config.model_variant, base_model=config.base_model)
+    if config.preprocess:
+        check_encoders(checkpoint)
+    return checkpoint
+
+
+def _preprocess(config: TrainConfig, checkpoint: Checkpoint, console: Console) -> int:
+    """Turn the songs into tensors; returns how many were skipped."""
+    assert config.tensor_output is not None  # Checked when the config was resolved.
+    output = writable_folder(config.tensor_output)
+    audio_dir = config.audio_dir or (config.dataset_json or Path()).parent
+    quiet_libraries()
+    open_log(output / LOG_NAME)
+    with open_screen(console) as show:
+        emit = combine(show, write_log)
+        dataset = load_dataset(audio_dir, config.dataset_json, emit=emit)
+        from sidestep.model.device import choose_device, choose_dtype
+        from sidestep.preprocess.run import preprocess
+
+        device = choose_device(config.device)
+        result = preprocess(
+            dataset,
+            checkpoint=checkpoint,
+            output=output,
+            max_duration=config.max_duration,
+            normalize=config.normalize,
+            target_db=config.target_db,
+            target_lufs=config.target_lufs,
+            device=device,
+            dtype=choose_dtype(config.precision, device),
+            emit=emit,
+        )
+    _remember_checkpoints(config)
+    console.print(f"{result.done} songs encoded, {result.unchanged} unchanged, {result.skipped} skipped: {output}")
+    return result.skipped
+
+
+def _train(command: str, config: TrainConfig, checkpoint: Checkpoint, output_dir: Path, console: Console) -> int:
+    dataset_dir = config.tensor_output if config.preprocess else config.dataset_dir
+    assert dataset_dir is not None  # Checked when the config was resolved.
+    _check_folders(config, dataset_dir, output_dir)
+    run_name = config.run_name or f"{config.adapter_type}_{time.strftime('%Y%m%d_%H%M%S')}"
+    config = replace(config, run_name=run_name, dataset_dir=dataset_dir, checkpoint_dir=checkpoint.root)
+    quiet_libraries()
+    open_log(writable_folder(output_dir) / LOG_NAME)
+    with ExitStack() as stack:
+        show = stack.enter_context(open_screen(console))
+        from sidestep.training.assemble import assemble
+        from sidestep.training.run import carry_out
+        from sidestep.ui.metrics import MetricsFile
+        from sidestep.ui.tensorboard import TensorBoard
+
+        training = assemble(
+            config,
+            recipe_name=command,
+            checkpoint=checkpoint,
+            dataset_dir=dataset_dir,
+            output_dir=output_dir,
+            run_name=run_name,
+            version=product_version(),
+            emit=combine(show, write_log),
+        )
+        write_text(output_dir / RUN_CONFIG, training.config_text)
+        _remember_checkpoints(config)
+        first_step = training.first_step
+        metrics = stack.enter_context(MetricsFile(output_dir / "metrics.jsonl", first_step=first_step))
+        board = stack.enter_context(TensorBoard(config.log_dir or output_dir / "runs", first_step=first_step))
+        emit = combine(show, write_log, metrics, board)
+        interrupts = stack.enter_context(Interrupts(emit))
+        reason = carry_out(training, emit=emit, stop_requested=interrupts.is_requested)
+    return EXIT_INTERRUPTED if reason == "interrupted" else 0
+
+
+def _check_folders(config: TrainConfig, dataset_dir: Path, output_dir: Path) -> None:
+    """Refuse, before torch is loaded, a dataset that is not there and an output folder that holds another run."""
+    if not dataset_dir.is_dir():
+        raise DataError(
+            f"There is no folder {dataset_dir} with tensors.",
+            hint="Make them: train.py fixed --preprocess --audio-dir SONGS --tensor-output TENSORS",
+        )
+    if not any(dataset_dir.glob("*.pt")):
+        audio = (
+            f" It holds audio: preprocess it with --preprocess --audio-dir {dataset_dir}"
+            if _has_audio(dataset_dir)
+            else ""
+        )
+        raise DataError(f"There are no tensor files (.pt) in {dataset_dir}.", hint=audio.strip())
+    if config.resume_from is None and checkpoints_in(output_dir):
+        raise ConfigError(
+            f"{output_dir} holds a run already.",
+            hint=f"Go on with it: --resume-from {output_dir}; or choose another --output-dir.",
+        )
+
+
+def _has_audio(folder: Path) -> bool:
+    return any(path.suffix.lower() in AUDIO_SUFFIXES for path in folder.rglob("*"))
+
+
+def writable_folder(folder: Path) -> Path:
+    """Make the folder if need be and return it; RunError when nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
+def _remember_checkpoints(config: TrainConfig) -> None:
+    if config.checkpoint_dir is not None:
+        remember("checkpoint_dir", str(config.checkpoint_dir.resolve()))

@@ -1,0 +1,114 @@
+"""From what was typed to a TrainConfig: layers, what a resumed run may change, and contradictions."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sidestep.config.presets import read_preset, read_run_config
+from sidestep.config.recipe import RECIPE_PINS
+from sidestep.config.runs import RUN_CONFIG, resume_candidates, run_of
+from sidestep.config.settings import (
+    Values,
+    build,
+    flag_of,
+    idle_settings,
+    parse_values,
+    settings_of,
+    show_value,
+    values_of,
+)
+from sidestep.config.train import TrainConfig
+from sidestep.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """A config, and what the user should know about how it came about."""
+
+    config: TrainConfig
+    notices: tuple[str, ...]
+
+
+def resolve_training(command: str, typed: Values, *, preset: str | None = None, source: Path | None = None) -> Resolved:
+    """Lay the settings over each other: defaults, an earlier run's, a preset, what was typed, the recipe's pins.
+
+    ConfigError names every problem: wrong values, contradictions, changes that a resumed run does not allow.
+    """
+    pins = RECIPE_PINS[command]
+    given = parse_values(TrainConfig, typed)
+    resumed = _resumed_values(command, given["resume_from"]) if given.get("resume_from") else {}
+    earlier = _without(read_run_config(source)[1], ("output_dir", "run_name", "resume_from")) if source else {}
+    chosen = {**(read_preset(preset) if preset else {}), **given}
+    _refuse_changes(resumed, chosen)
+    config = build(TrainConfig, earlier, resumed, chosen, pins)
+    problems = contradictions(config, given)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return Resolved(config=config, notices=tuple(idle_settings(config, _without(given, pins))))
+
+
+def contradictions(config: TrainConfig, given: Values) -> list[str]:
+    """Return a sentence for every combination of settings that cannot be meant."""
+    problems = [
+        f"{setting.flag} counts {setting.when}: {setting.help}"
+        for setting in settings_of(TrainConfig)
+        if setting.name in given
+        and setting.when
+        and setting.when.is_strict
+        and not setting.when.holds(values_of(config))
+    ]
+    if config.early_stop_patience and not config.val_split:
+        problems.append("--early-stop-patience needs --val-split: without held-out songs nothing says when to stop.")
+    if 0 < config.chunk_duration < 1:
+        problems.append("--chunk-duration takes 0 (whole songs) or at least 1 second.")
+    if config.run_name is not None and (
+        not config.run_name.strip() or set(config.run_name) & set('./\\:*?"<>|') or not config.run_name.isprintable()
+    ):
+        problems.append(
+            f"--run-name {config.run_name} cannot name an adapter: other programs refuse dots and separators."
+        )
+    if config.preprocess and (
+        (config.audio_dir is None and config.dataset_json is None) or config.tensor_output is None
+    ):
+        problems.append("--preprocess needs --audio-dir (or --dataset-json) and --tensor-output.")
+    if not config.preprocess:
+        problems += [
+            f"{flag_of(name)} is required to train: {_help(name)}"
+            for name in ("dataset_dir", "output_dir")
+            if getattr(config, name) is None
+        ]
+    return problems
+
+
+def _resumed_values(command: str, path: Path) -> dict[str, Any]:
+    """Return the settings of the run that is gone on with; its folder may have been moved since."""
+    checkpoint = resume_candidates(path)[0]
+    recipe, values = read_run_config(checkpoint / RUN_CONFIG)
+    if recipe != command:
+        raise ConfigError(
+            f"{path} was trained with '{recipe}', not '{command}'.", hint=f"Resume it with: train.py {recipe} ..."
+        )
+    return {**values, "output_dir": run_of(checkpoint), "resume_from": path, "preprocess": False}
+
+
+def _refuse_changes(resumed: Values, chosen: Values) -> None:
+    problems = [
+        f"{setting.flag} was {show_value(resumed[setting.name])} in that run and cannot become "
+        f"{show_value(chosen[setting.name])} when it goes on."
+        for setting in settings_of(TrainConfig)
+        if setting.on_resume == "fixed"
+        and setting.name in chosen
+        and setting.name in resumed
+        and chosen[setting.name] != resumed[setting.name]
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems), hint="Leave these flags out, or start a new run with --init-from.")
+
+
+def _help(name: str) -> str:
+    return next(setting.help for setting in settings_of(TrainConfig) if setting.name == name)
+
+
+def _without(values: Mapping[str, Any], names: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in names}

@@ -1,0 +1,90 @@
+"""The root of the command line: parse, dispatch, and turn errors into exit codes.
+
+Imports nothing that takes time: `--help` and a mistyped flag answer at once.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from sidestep.config.flags import GlobalConfig, Typed, parse, parser
+from sidestep.config.settings import build, parse_values, settings_of
+from sidestep.errors import SidestepError
+
+EXIT_USAGE = 2
+EXIT_BUG = 70
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run Side-Step and return its exit code: 0 done, 1 data, model or machine, 2 usage, 70 a bug, 130 interrupted."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    plain = "--plain" in words
+    try:
+        return _dispatch(parse(words))
+    except SidestepError as error:
+        from sidestep.ui.problems import log_traceback, quiet_libraries, show_error
+
+        quiet_libraries()
+        log_traceback(error)
+        show_error(error, stream=sys.stderr, plain=plain)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        from sidestep.ui.problems import show_bug
+
+        show_bug(error, stream=sys.stderr, plain=plain)
+        return EXIT_BUG
+
+
+def _dispatch(typed: Typed) -> int:
+    if typed.version:
+        return _show_versions()
+    if typed.command is None:
+        parser().print_help()
+        return EXIT_USAGE
+    globals_ = {setting.name for setting in settings_of(GlobalConfig)}
+    screen = build(GlobalConfig, parse_values(GlobalConfig, {k: v for k, v in typed.values.items() if k in globals_}))
+    values = {name: value for name, value in typed.values.items() if name not in globals_}
+    return _COMMANDS[typed.command](typed.command, values, screen)
+
+
+def _train(command: str, values: Mapping[str, Any], screen: GlobalConfig) -> int:
+    from sidestep.commands.train import run
+
+    return run(command, values, screen=screen)
+
+
+def _build_dataset(command: str, values: Mapping[str, Any], screen: GlobalConfig) -> int:
+    from sidestep.commands.build_dataset import run
+    from sidestep.config.tasks import BuildDatasetConfig
+    from sidestep.ui.console import open_console
+    from sidestep.ui.sinks import open_screen
+
+    config = build(BuildDatasetConfig, parse_values(BuildDatasetConfig, values))
+    console = open_console(plain=screen.plain)
+    with open_screen(console) as emit:
+        return run(config, emit=emit, console=console)
+
+
+def _demo(command: str, values: Mapping[str, Any], screen: GlobalConfig) -> int:
+    from sidestep.commands.demo import run
+    from sidestep.config.tasks import DemoConfig
+
+    return run(build(DemoConfig, parse_values(DemoConfig, values)), screen=screen)
+
+
+def _show_versions() -> int:
+    from sidestep.commands.version import show_versions
+
+    return show_versions()
+
+
+_COMMANDS: Mapping[str, Callable[[str, Mapping[str, Any], GlobalConfig], int]] = {
+    "fixed": _train,
+    "vanilla": _train,
+    "build-dataset": _build_dataset,
+    "demo": _demo,
+}

@@ -1,0 +1,258 @@
+"""TrainConfig -> the parts of a run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.amp.grad_scaler import GradScaler
+
+from sidestep.config.presets import run_config_text
+from sidestep.config.recipe import TURBO_SHIFT, Recipe, learning_rate_of, resolve_recipe, schedule_of
+from sidestep.config.runs import resume_candidates
+from sidestep.config.train import TrainConfig
+from sidestep.errors import ConfigError, ModelError
+from sidestep.events import Emit, Notice
+from sidestep.model.attention import mask_cross_attention
+from sidestep.model.checkpoint import Checkpoint, decoder_fingerprint
+from sidestep.model.device import choose_device, choose_dtype, reset_memory_peak
+from sidestep.model.loading import load_decoder, load_null_condition
+from sidestep.preprocess.tensors import FRAMES_PER_SECOND
+from sidestep.training.adapters import ADAPTERS
+from sidestep.training.adapters.base import Adapter, load_values, target_names
+from sidestep.training.batches import Batches, Draws, Plan, Song, plan_batches
+from sidestep.training.checkpoints import Snapshot, newest_good
+from sidestep.training.ema import Ema
+from sidestep.training.loop import Pace
+from sidestep.training.objective import MinSnr
+from sidestep.training.optimizers import make_optimizer
+from sidestep.training.songs import dataset_fingerprint, find_songs, hold_out
+from sidestep.training.state import TrainState
+from sidestep.training.step import Stepper
+from sidestep.training.timesteps import Continuous, Discrete, Sampler, sampler_of
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """A run put together: everything the loop and the saving need."""
+
+    config: TrainConfig
+    config_text: str
+    recipe: Recipe
+    checkpoint: Checkpoint
+    output_dir: Path
+    run_name: str
+    version: str
+    held_out: list[Song]
+    law: Sampler
+    """The law of timesteps the model itself was trained with; the held-out loss is measured on it."""
+    pace: Pace
+    batches: Batches
+    adapter: Adapter
+    stepper: Stepper
+    ema: Ema | None
+    state: TrainState
+    first_step: int
+    identity: Mapping[str, str]
+
+    @property
+    def longest_seconds(self) -> float:
+        """Return the length of the longest sample, in seconds."""
+        return max(group.frames for group in self.batches.plan.groups) / FRAMES_PER_SECOND
+
+
+def assemble(
+    config: TrainConfig,
+    *,
+    recipe_name: str,
+    checkpoint: Checkpoint,
+    dataset_dir: Path,
+    output_dir: Path,
+    run_name: str,
+    version: str,
+    emit: Emit,
+) -> Run:
+    """Put a run together: data checked, decoder loaded, adapter attached, resumed where that is asked for."""
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.precision, device)
+    recipe = resolve_recipe(config, name=recipe_name, is_turbo=checkpoint.is_turbo)
+    songs = find_songs(dataset_dir, checkpoint, emit=emit)
+    trained_on, held_out = hold_out(songs, config.val_split)
+    plan = plan_batches(
+        trained_on,
+        batch_size=config.batch_size,
+        chunk_seconds=config.chunk_duration,
+        repeats=config.dataset_repeats,
+        seed=config.seed,
+    )
+    _report_groups(plan, emit)
+    identity = {"songs": dataset_fingerprint(songs), "decoder": decoder_fingerprint(checkpoint)}
+    snapshot = _snapshot(config, identity, emit)
+    sampler = sampler_of(recipe, mu=checkpoint.timestep_mu, sigma=checkpoint.timestep_sigma)
+    adapter, stepper = _model(config, recipe, checkpoint, sampler=sampler, device=device, dtype=dtype)
+    state = _restore(snapshot, adapter, stepper) if snapshot else TrainState()
+    pace = _pace(config, plan, emit)
+    if state.step >= pace.total_steps:
+        raise ConfigError(
+            f"There is nothing left to do: {state.step} of {pace.total_steps} steps are done.",
+            hint="Raise --epochs (or --max-steps) to train on.",
+        )
+    return Run(
+        config=config,
+        config_text=run_config_text(config, recipe=recipe_name, version=version, objective=str(recipe)),
+        recipe=recipe,
+        checkpoint=checkpoint,
+        output_dir=output_dir,
+        run_name=run_name,
+        version=version,
+        held_out=held_out,
+        law=_law(checkpoint),
+        pace=pace,
+        batches=_batches(config, plan, sampler, recipe, device),
+        adapter=adapter,
+        stepper=stepper,
+        ema=_ema(config, adapter, snapshot),
+        state=state,
+        first_step=state.step,
+        identity=identity,
+    )
+
+
+def _model(
+    config: TrainConfig,
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    *,
+    sampler: Sampler,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Adapter, Stepper]:
+    reset_memory_peak(device)
+    decoder = load_decoder(checkpoint, device=device, dtype=dtype)
+    modules = target_names(
+        len(decoder.layers), attention_type=config.attention_type, target_modules=config.target_modules
+    )
+    torch.manual_seed(config.seed)
+    adapter = ADAPTERS[config.adapter_type](decoder, modules, config)
+    if config.init_from:
+        adapter.read(config.init_from)
+    if config.gradient_checkpointing:
+        decoder.enable_gradient_checkpointing()
+    decoder.train()
+    optimizer = make_optimizer(
+        config.optimizer_type,
+        list(adapter.parameters.values()),
+        lr=learning_rate_of(config),
+        weight_decay=config.weight_decay,
+        device=device,
+    )
+    weighting = MinSnr.normed(recipe.snr_gamma, sampler) if recipe.loss_weighting == "min_snr" else None
+    stepper = Stepper(
+        decoder=decoder,
+        cross_attention=mask_cross_attention(decoder),
+        parameters=adapter.parameters,
+        modules=adapter.modules,
+        null_condition=load_null_condition(checkpoint, device=device, dtype=dtype),
+        optimizer=optimizer,
+        weighting=weighting,
+        max_grad_norm=config.max_grad_norm,
+        device=device,
+        dtype=dtype,
+        scaler=GradScaler(device.type, enabled=dtype == torch.float16),
+    )
+    return adapter, stepper
+
+
+def _batches(config: TrainConfig, plan: Plan, sampler: Sampler, recipe: Recipe, device: torch.device) -> Batches:
+    return Batches(
+        plan=plan,
+        draws=Draws(plan.songs, sampler, recipe.cfg_ratio),
+        num_workers=config.num_workers,
+        pin_memory=config.pin_memory and device.type == "cuda",
+        prefetch_factor=config.prefetch_factor,
+        persistent_workers=config.persistent_workers,
+    )
+
+
+def _pace(config: TrainConfig, plan: Plan, emit: Emit) -> Pace:
+    steps_per_epoch = -(-plan.batches_per_epoch // config.gradient_accumulation)
+    total_steps = config.max_steps or config.epochs * steps_per_epoch
+    schedule = schedule_of(config)
+    if schedule != config.scheduler_type:
+        emit(Notice(text=f"{config.optimizer_type} sets its own pace: the schedule is {schedule}."))
+    if schedule != "constant" and config.warmup_steps >= total_steps:
+        emit(
+            Notice(
+                text=f"The warm-up takes {config.warmup_steps} steps and the run has {total_steps}: "
+                "the learning rate never gets to its full value. Set --warmup-steps lower.",
+                level="warning",
+            )
+        )
+    return Pace(
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        gradient_accumulation=config.gradient_accumulation,
+        lr=learning_rate_of(config),
+        schedule=schedule,
+        warmup_steps=config.warmup_steps,
+        seed=config.seed,
+        save_every=config.save_every,
+        log_every=config.log_every,
+        log_heavy_every=config.log_heavy_every,
+    )
+
+
+def _law(checkpoint: Checkpoint) -> Sampler:
+    if checkpoint.is_turbo:
+        return Discrete(TURBO_SHIFT)
+    return Continuous(checkpoint.timestep_mu, checkpoint.timestep_sigma)
+
+
+def _ema(config: TrainConfig, adapter: Adapter, snapshot: Snapshot | None) -> Ema | None:
+    if not config.ema_decay:
+        return None
+    return Ema.of(adapter.parameters, decay=config.ema_decay, average=snapshot.ema if snapshot else None)
+
+
+def _snapshot(config: TrainConfig, identity: Mapping[str, str], emit: Emit) -> Snapshot | None:
+    """Read the checkpoint to go on from; ModelError when its songs or its model were others."""
+    if config.resume_from is None:
+        return None
+    folder, snapshot, problems = newest_good(resume_candidates(config.resume_from))
+    for problem in problems:
+        emit(Notice(text=f"{problem.message} Going on from {folder.name}, the newest good one.", level="warning"))
+    names = {"songs": "songs (or their lengths)", "decoder": "model"}
+    for key, value in identity.items():
+        if snapshot.identity.get(key) != value:
+            raise ModelError(
+                f"{folder} was trained with other {names[key]}.",
+                hint="Resume with what that run was started with, or start a new run with --init-from.",
+            )
+    return snapshot
+
+
+def _restore(snapshot: Snapshot, adapter: Adapter, stepper: Stepper) -> TrainState:
+    load_values(adapter, snapshot.adapter, source="The checkpoint")
+    try:
+        stepper.optimizer.load_state_dict(dict(snapshot.optimizer))
+    except (ValueError, KeyError) as error:
+        raise ModelError(f"The checkpoint's optimizer state does not fit: {error}.") from error
+    if snapshot.scaler:
+        stepper.scaler.load_state_dict(dict(snapshot.scaler))
+    return TrainState(**snapshot.state)  # pyright: ignore[reportArgumentType]
+
+
+def _report_groups(plan: Plan, emit: Emit) -> None:
+    """Say how songs were grouped by length where that is not one song a batch."""
+    cropped = [g for g in plan.groups if any(plan.songs[at].frames > g.frames for at in g.songs)]
+    if plan.chunk_frames:
+        windowed = [g for g in plan.groups if g.frames == plan.chunk_frames]
+        short = sum(len(g.songs) for g in plan.groups) - sum(len(g.songs) for g in windowed)
+        text = f"{sum(len(g.songs) for g in windowed)} songs in windows of {plan.chunk_frames / FRAMES_PER_SECOND:g} s"
+        emit(Notice(text=f"{text}; {short} shorter ones whole." if short else f"{text}."))
+    elif plan.batch_size > 1:
+        text = f"{len(plan.songs)} songs in {len(plan.groups)} groups of equal length for batches of {plan.batch_size}"
+        cut = f"; {len(cropped)} groups cropped to their shortest song, by less than a second" if cropped else ""
+        alone = sum(len(g.songs) < plan.batch_size for g in plan.groups)
+        small = f"; {alone} groups do not fill a batch (--chunk-duration makes lengths equal)" if alone else ""
+        emit(Notice(text=f"{text}{cut}{small}."))

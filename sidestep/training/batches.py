@@ -1,0 +1,283 @@
+"""Songs -> batches: lengths, windows, order, and every random draw of a sample, from the seed alone.
+
+A run's whole randomness is a function of (seed, epoch, place in the epoch): a batch can be made again without replaying
+what came before it, in any process. Nothing is ever padded along time: the model has no mask for it.
+"""
+
+import hashlib
+import random
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from sidestep.errors import SidestepError
+from sidestep.preprocess.tensors import FRAMES_PER_SECOND, read_sample
+from sidestep.training.objective import Task
+from sidestep.training.timesteps import Sampler
+
+CROP_LIMIT = FRAMES_PER_SECOND  # Songs that differ by less than a second may share a batch, cropped to the shortest.
+
+
+@dataclass(frozen=True, slots=True)
+class Song:
+    """A tensor file to train on and its length in latent frames (25 a second)."""
+
+    path: Path
+    frames: int
+    repeat: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One sample of an epoch: which song, which frames of it, and the seed of its noise, timestep and dropout."""
+
+    song: int
+    start: int
+    frames: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class LengthGroup:
+    """Songs that can share a batch, at the length they are trained at."""
+
+    frames: int
+    songs: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How songs become batches; `epoch` lays out any epoch."""
+
+    songs: tuple[Song, ...]
+    groups: tuple[LengthGroup, ...]
+    batch_size: int
+    chunk_frames: int
+    repeats: int
+    seed: int
+
+    def epoch(self, epoch: int) -> list[list[Draw]]:
+        """Return the batches of an epoch (from 0) in their order; the same for the same plan, always.
+
+        All draws are shuffled once and fill the batches of their length as they come, so that four batches of one are
+        the samples of one batch of four. Batches that stay unfilled end the epoch.
+        """
+        draws = [(at, draw) for at, group in enumerate(self.groups) for draw in self._group_draws(group, epoch)]
+        random.Random(mix(self.seed, epoch, "order")).shuffle(draws)
+        batches: list[list[Draw]] = []
+        open_batches: dict[int, list[Draw]] = {}
+        for group, draw in draws:
+            batch = open_batches.setdefault(group, [])
+            batch.append(draw)
+            if len(batch) == self.batch_size:
+                batches.append(open_batches.pop(group))
+        return batches + list(open_batches.values())
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Return how many batches every epoch has."""
+        per_group = (sum(self._draw_count(song, group.frames) for song in group.songs) for group in self.groups)
+        return sum(-(-count // self.batch_size) for count in per_group)
+
+    def _draw_count(self, song: int, frames: int) -> int:
+        windows = -(-self.songs[song].frames // frames) if self.chunk_frames else 1
+        return windows * self.songs[song].repeat * self.repeats
+
+    def _group_draws(self, group: LengthGroup, epoch: int) -> Iterator[Draw]:
+        for song in group.songs:
+            yield from self._draws(song, group.frames, epoch)
+
+    def _draws(self, song: int, frames: int, epoch: int) -> Iterator[Draw]:
+        for repeat in range(self.songs[song].repeat * self.repeats):
+            seed = mix(self.seed, epoch, song, repeat)
+            for window, start in enumerate(self._starts(song, frames, seed)):
+                yield Draw(song, start, frames, mix(seed, window))
+
+    def _starts(self, song: int, frames: int, seed: int) -> list[int]:
+        if not self.chunk_frames:
+            return [random.Random(seed).randint(0, self.songs[song].frames - frames)]
+        return window_starts(self.songs[song].frames, frames, random.Random(seed))
+
+
+def window_starts(length: int, window: int, draw: random.Random) -> list[int]:
+    """Return where windows start that together cover a song of `length` frames, as few as do.
+
+    Their surplus (windows x window - length) is overlap, spread at random over the joints: every frame is in one window
+    or two of every epoch, the first and the last as surely as the middle.
+    """
+    count = -(-length // window)
+    surplus = count * window - length
+    cuts = sorted(draw.randint(0, surplus) for _ in range(count - 2))
+    overlaps = [0, *cuts, surplus] if count > 1 else [0]
+    return [place * window - overlaps[place] for place in range(count)]
+
+
+def plan_batches(songs: Sequence[Song], *, batch_size: int, chunk_seconds: float, repeats: int, seed: int) -> Plan:
+    """Group songs by length: windows of one length, else equal lengths, else lengths within a second of each other.
+
+    Songs shorter than the window are trained whole, with those of their own length.
+    """
+    chunk_frames = round(chunk_seconds * FRAMES_PER_SECOND)
+    windowed = tuple(at for at, song in enumerate(songs) if chunk_frames and song.frames >= chunk_frames)
+    groups = [LengthGroup(chunk_frames, windowed)] if windowed else []
+    whole = sorted(set(range(len(songs))) - set(windowed), key=lambda at: (songs[at].frames, at))
+    tolerance = CROP_LIMIT if batch_size > 1 else 1
+    while whole:
+        shortest = songs[whole[0]].frames
+        members = [at for at in whole if songs[at].frames < shortest + tolerance]
+        groups.append(LengthGroup(shortest, tuple(sorted(members))))
+        whole = whole[len(members) :]
+    return Plan(
+        songs=tuple(songs),
+        groups=tuple(groups),
+        batch_size=batch_size,
+        chunk_frames=chunk_frames,
+        repeats=repeats,
+        seed=seed,
+    )
+
+
+def mix(*parts: int | str) -> int:
+    """Return a 63-bit seed that depends on every part."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A task and the names of its songs; `timesteps_B` and `is_dropped_B` of the task are what was drawn."""
+
+    task: Task
+    names: tuple[str, ...]
+
+    def pin_memory(self) -> "Batch":
+        """Return the batch in pinned memory; called by torch's DataLoader."""
+        return Batch(self.task.pin_memory(), self.names)
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    latents_TC: Tensor
+    context_TC: Tensor
+    condition_LD: Tensor
+    noise_TC: Tensor
+    timestep_1: Tensor
+    is_dropped_1: Tensor
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Draws(Dataset["_Item | SidestepError"]):
+    """Makes the sample of a `Draw`; runs in the loader's worker processes."""
+
+    songs: tuple[Song, ...]
+    sampler: Sampler
+    cfg_ratio: float
+
+    def __getitem__(self, draw: Draw) -> "_Item | SidestepError":
+        """Read the song and make its draws, in the original's order: dropout, noise, timestep.
+
+        A file that went bad is returned as its error: raised in a worker it would arrive as a traceback.
+        """
+        try:
+            return self._item(draw)
+        except SidestepError as error:
+            return error
+
+    def _item(self, draw: Draw) -> _Item:
+        song = self.songs[draw.song]
+        sample = read_sample(song.path)
+        generator = torch.Generator().manual_seed(draw.seed)
+        window = slice(draw.start, draw.start + draw.frames)
+        latents_TC = sample.target_latents[window].float()
+        is_dropped_1 = torch.rand(1, generator=generator) < self.cfg_ratio
+        noise_TC = torch.randn(latents_TC.shape, generator=generator)
+        timestep_1 = self.sampler.draw(1, generator)
+        # Generation always starts its silent context at frame 0, so a window does too.
+        context_TC = sample.context_latents[: draw.frames]
+        condition_LD = sample.encoder_hidden_states
+        return _Item(latents_TC, context_TC, condition_LD, noise_TC, timestep_1, is_dropped_1, song.path.stem)
+
+
+def collate(results: Sequence[_Item | SidestepError]) -> Batch | SidestepError:
+    """Stack samples of equal length; prompts of unequal length are padded behind a mask that cross-attention heeds."""
+    items = []
+    for result in results:
+        if isinstance(result, SidestepError):
+            return result
+        items.append(result)
+    lengths = [item.condition_LD.shape[0] for item in items]
+    condition_BLD = torch.nn.utils.rnn.pad_sequence([item.condition_LD for item in items], batch_first=True)
+    rows_BL = None
+    if min(lengths) != max(lengths):
+        rows_BL = torch.arange(max(lengths))[None, :] < torch.tensor(lengths)[:, None]
+    task = Task(
+        latents_BTC=torch.stack([item.latents_TC for item in items]),
+        context_BTC=torch.stack([item.context_TC for item in items]),
+        condition_BLD=condition_BLD,
+        rows_BL=rows_BL,
+        noise_BTC=torch.stack([item.noise_TC for item in items]),
+        timesteps_B=torch.cat([item.timestep_1 for item in items]),
+        is_dropped_B=torch.cat([item.is_dropped_1 for item in items]),
+    )
+    return Batch(task, tuple(item.name for item in items))
+
+
+@dataclass(slots=True)
+class _EpochOrder:
+    """What the loader iterates: the batches of one epoch from a position on. Lives in the main process."""
+
+    plan: Plan
+    epoch: int = 0
+    position: int = 0
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        return iter(self.plan.epoch(self.epoch)[self.position :])
+
+    def __len__(self) -> int:
+        return self.plan.batches_per_epoch - self.position
+
+
+def _leave_interrupts_to_the_main_process(worker: int) -> None:
+    # Ctrl-C reaches every process of the terminal; a worker that dies of it takes the step down that is to be finished.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@dataclass(slots=True)
+class Batches:
+    """The batches of any epoch from any position, read ahead by worker processes."""
+
+    plan: Plan
+    draws: Draws
+    num_workers: int
+    pin_memory: bool
+    prefetch_factor: int
+    persistent_workers: bool
+    _order: _EpochOrder = field(init=False)
+    _loader: DataLoader[_Item | SidestepError] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._order = _EpochOrder(self.plan)
+        self._loader = DataLoader(
+            self.draws,
+            batch_sampler=self._order,  # type: ignore[arg-type]
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            prefetch_factor=self.prefetch_factor if self.num_workers else None,
+            persistent_workers=self.persistent_workers and self.num_workers > 0,
+            worker_init_fn=_leave_interrupts_to_the_main_process,
+        )
+
+    def epoch(self, epoch: int, *, position: int = 0) -> Iterator[Batch]:
+        """Yield the batches of an epoch (from 0), skipping the first `position`."""
+        self._order.epoch, self._order.position = epoch, position
+        for batch in self._loader:
+            if isinstance(batch, SidestepError):
+                raise batch
+            yield batch

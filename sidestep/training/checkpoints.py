@@ -1,0 +1,119 @@
+"""Adapters and resume states on disk: whole or not at all, and strict when they are read.
+
+A checkpoint folder holds the adapter as other programs load it, the run's config.json, and `training_state.pt`, which
+alone is what training goes on from: the raw weights, the optimizer, the position. It is read with weights_only=True.
+"""
+
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sidestep.config.runs import RUN_CONFIG, STATE_FILE
+from sidestep.errors import ModelError, RunError, SidestepError
+from sidestep.training.adapters.base import Adapter
+
+STATE_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """Everything training goes on from. `identity` says which songs and which model it was made with."""
+
+    state: Mapping[str, int | float]
+    adapter: Mapping[str, Tensor]
+    optimizer: Mapping[str, Any]
+    scaler: Mapping[str, Any]
+    ema: Mapping[str, Tensor]
+    identity: Mapping[str, str]
+
+
+def save_checkpoint(
+    folder: Path, snapshot: Snapshot, adapter: Adapter, *, config_text: str, about: Mapping[str, str]
+) -> None:
+    """Write a checkpoint folder in one move."""
+
+    def fill(temporary: Path) -> None:
+        content = {name: getattr(snapshot, name) for name in snapshot.__slots__}
+        torch.save({"format_version": STATE_FORMAT, **content}, temporary / STATE_FILE)
+        adapter.write(temporary, snapshot.adapter, about=about)
+        (temporary / RUN_CONFIG).write_text(config_text, encoding="utf-8")
+
+    write_folder(folder, fill)
+
+
+def save_adapter(folder: Path, adapter: Adapter, values: Mapping[str, Tensor], *, about: Mapping[str, str]) -> None:
+    """Write an adapter folder in one move."""
+    write_folder(folder, lambda temporary: adapter.write(temporary, values, about=about))
+
+
+def load_checkpoint(folder: Path) -> Snapshot:
+    """Read a checkpoint folder; ModelError when it is damaged, incomplete or of another format."""
+    path = folder / STATE_FILE
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise ModelError(
+            f"The checkpoint {folder} is damaged: {type(error).__name__}.",
+            hint="Resume from an earlier one: --resume-from takes a checkpoints/epoch_* folder too.",
+        ) from error
+    if not isinstance(content, dict) or content.get("format_version") != STATE_FORMAT:
+        raise ModelError(f"{path} is not a resume state of this Side-Step (format {STATE_FORMAT}).")
+    missing = {"format_version", *Snapshot.__slots__} - content.keys()
+    if missing:
+        raise ModelError(f"{path} is incomplete: {', '.join(sorted(missing))} missing.")
+    return Snapshot(**{name: content[name] for name in Snapshot.__slots__})
+
+
+def newest_good(candidates: list[Path]) -> tuple[Path, Snapshot, list[ModelError]]:
+    """Return the first checkpoint that can be read and what ails those before it; ModelError when none can."""
+    problems: list[ModelError] = []
+    for folder in candidates:
+        try:
+            return folder, load_checkpoint(folder), problems
+        except ModelError as problem:
+            problems.append(problem)
+    raise problems[0]
+
+
+def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
+    """Write a folder whole or not at all: filled under a temporary name beside it, flushed, then renamed.
+
+    RunError when the disk is full or the folder cannot be written; what was there before stays.
+    """
+    temporary = target.with_name(f".{target.name}.writing")
+    replaced = target.with_name(f".{target.name}.replaced")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in (temporary, replaced):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        temporary.mkdir()
+        fill(temporary)
+        _flush(temporary)
+        if target.exists():
+            target.rename(replaced)
+        temporary.rename(target)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except SidestepError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    except (OSError, RuntimeError) as error:
+        # torch.save and safetensors report a full disk as a RuntimeError of their own.
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunError(
+            f"{target} could not be written: {error}.",
+            hint="Free some disk space, or check that the folder may be written, then resume from the last checkpoint.",
+        ) from error
+
+
+def _flush(folder: Path) -> None:
+    for path in folder.iterdir():
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())

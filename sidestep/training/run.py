@@ -1,0 +1,176 @@
+"""A run as a whole: assembled, carried through the loop, saved."""
+
+import json
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from sidestep.config.runs import CHECKPOINTS, checkpoint_name
+from sidestep.errors import NonFiniteError, RunError
+from sidestep.events import AdapterSaved, CheckpointSaved, Emit, RunDone, RunStarted, Validated
+from sidestep.preprocess.tensors import FRAMES_PER_SECOND
+from sidestep.training.adapters.base import current_values
+from sidestep.training.assemble import Run
+from sidestep.training.checkpoints import Snapshot, save_adapter, save_checkpoint
+from sidestep.training.loop import Hooks, Reason, train
+from sidestep.training.validation import held_out_loss
+
+
+def carry_out(run: Run, *, emit: Emit, stop_requested: Callable[[], bool]) -> Reason:
+    """Train to the end, or until a stop is requested; checkpoints and the final adapter are on disk afterwards."""
+    emit(_started(run))
+    if run.held_out and run.state.step == 0:
+        _validate(run, emit)
+    hooks = Hooks(
+        save=lambda: _save(run, emit),
+        after_step=lambda: run.ema.update(run.state.step) if run.ema else None,
+        after_epoch=lambda: _after_epoch(run, emit),
+        stop_requested=stop_requested,
+    )
+    with _saving_on_failure(run, emit):
+        reason = train(run.state, stepper=run.stepper, batches=run.batches, pace=run.pace, hooks=hooks, emit=emit)
+    if reason != "interrupted":
+        _save_final(run, emit)
+    resume = resume_command(run) if reason == "interrupted" else ""
+    emit(RunDone(step=run.state.step, epoch=run.state.epoch, reason=reason, resume_command=resume))
+    return reason
+
+
+def resume_command(run: Run) -> str:
+    """Return what to type to go on with this run."""
+    return f"uv run train.py {run.recipe.name} --resume-from {shlex.quote(str(run.output_dir))}"
+
+
+def _started(run: Run) -> RunStarted:
+    config, plan, pace = run.config, run.batches.plan, run.pace
+    minutes = sum(song.frames for song in plan.songs) / FRAMES_PER_SECOND / 60
+    parameters = sum(parameter.numel() for parameter in run.adapter.parameters.values())
+    passes = config.batch_size * config.gradient_accumulation
+    facts = {
+        "Model": f"{run.checkpoint.variant} ({run.stepper.dtype}, {run.stepper.device})".replace("torch.", ""),
+        "Songs": f"{len(plan.songs)} ({minutes:.1f} min)" + (f", {len(run.held_out)} held out" if run.held_out else ""),
+        "Adapter": f"{config.adapter_type}, rank {config.rank}, {len(run.adapter.modules)} modules, "
+        f"{parameters / 1e6:.2f} M parameters",
+        "Optimizer": f"{config.optimizer_type}, lr {pace.lr:g}, {pace.schedule}",
+        "Batch": f"{config.batch_size} x {config.gradient_accumulation} = {passes} samples a step",
+    }
+    return RunStarted(
+        recipe=str(run.recipe),
+        facts=facts,
+        epochs=-(-pace.total_steps // pace.steps_per_epoch),
+        steps=pace.total_steps,
+        steps_per_epoch=pace.steps_per_epoch,
+        first_step=run.first_step,
+        output_dir=run.output_dir,
+    )
+
+
+def _after_epoch(run: Run, emit: Emit) -> bool:
+    if not run.held_out:
+        return True
+    _validate(run, emit)
+    patience = run.config.early_stop_patience
+    return not patience or run.state.epochs_since_best < patience
+
+
+def _validate(run: Run, emit: Emit) -> None:
+    state = run.state
+    found = held_out_loss(run.stepper, run.held_out, run.law)
+    # The untrained model's loss is a reading to compare with, not a result to keep.
+    is_best = state.step > 0 and found.mean < state.best_loss
+    if is_best:
+        state.best_loss, state.epochs_since_best = found.mean, 0
+    elif state.step > 0:
+        state.epochs_since_best += 1
+    emit(
+        Validated(
+            step=state.step,
+            epoch=state.epoch,
+            loss=found.mean,
+            standard_error=found.standard_error,
+            bands=found.bands,
+            is_best=is_best,
+        )
+    )
+    if is_best and run.config.save_best:
+        folder = run.output_dir / f"{run.run_name}_best"
+        save_adapter(folder, run.adapter, current_values(run.adapter), about=_about(run))
+        emit(AdapterSaved(folder=folder, kind="best"))
+
+
+def _save(run: Run, emit: Emit) -> None:
+    state = run.state
+    name = checkpoint_name(epoch=state.epoch, step=state.step, is_epoch_end=state.batch == 0)
+    folder = run.output_dir / CHECKPOINTS / name
+    snapshot = Snapshot(
+        state=state.as_dict(),
+        adapter=current_values(run.adapter),
+        optimizer=run.stepper.optimizer.state_dict(),
+        scaler=run.stepper.scaler.state_dict(),
+        ema=run.ema.values() if run.ema else {},
+        identity=dict(run.identity),
+    )
+    save_checkpoint(folder, snapshot, run.adapter, config_text=run.config_text, about=_about(run))
+    emit(CheckpointSaved(folder=folder, step=state.step, epoch=state.epoch))
+
+
+def _save_final(run: Run, emit: Emit) -> None:
+    folder = run.output_dir / run.run_name
+    save_adapter(folder, run.adapter, current_values(run.adapter), about=_about(run))
+    emit(AdapterSaved(folder=folder))
+    if run.ema:
+        folder = run.output_dir / f"{run.run_name}_ema"
+        save_adapter(folder, run.adapter, run.ema.values(), about=_about(run))
+        emit(AdapterSaved(folder=folder, kind="ema"))
+
+
+def _about(run: Run) -> Mapping[str, str]:
+    """Say in the adapter's header where it comes from."""
+    facts = {
+        "version": run.version,
+        "recipe": str(run.recipe),
+        "model_variant": run.checkpoint.variant,
+        "decoder": run.identity["decoder"],
+        "step": run.state.step,
+        "epoch": run.state.epoch,
+    }
+    return {"sidestep": json.dumps(facts)}
+
+
+@contextmanager
+def _saving_on_failure(run: Run, emit: Emit) -> Iterator[None]:
+    """Keep the work of a run that cannot go on: its weights are as they were before the step that failed."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        _keep(run, emit)
+        raise RunError(f"The {run.stepper.device.type} device is out of memory.", hint=_smaller(run)) from error
+    except NonFiniteError:
+        _keep(run, emit)
+        raise
+
+
+def _keep(run: Run, emit: Emit) -> None:
+    if run.state.step > run.first_step:
+        _save(run, emit)
+
+
+def _smaller(run: Run) -> str:
+    """Say which of this run's settings would take less memory."""
+    config = run.config
+    ways = []
+    if not config.gradient_checkpointing:
+        ways.append("--gradient-checkpointing")
+    if config.batch_size > 1:
+        ways.append(f"--batch-size {config.batch_size // 2} --gradient-accumulation {config.gradient_accumulation * 2}")
+    seconds = run.longest_seconds
+    if seconds > 60:
+        ways.append(f"--chunk-duration {60 if seconds <= 120 else round(seconds / 2)}")
+    if config.optimizer_type == "adamw":
+        ways.append("--optimizer-type adamw8bit")
+    if config.rank > 16:
+        ways.append(f"--rank {config.rank // 2}")
+    saved = f" What was done is saved: {resume_command(run)}" if run.state.step > run.first_step else ""
+    return f"These take less: {'; '.join(ways) or 'a smaller model'}.{saved}"

@@ -1,0 +1,28 @@
+"""Where a run is: the one mutable thing of the engine."""
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(slots=True)
+class TrainState:
+    """Position and running sums of a run. `epoch` counts whole epochs, `batch` those done of the next one."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    epoch_loss_sum: float = 0.0
+    epoch_steps: int = 0
+    best_loss: float = float("inf")
+    epochs_since_best: int = 0
+
+    def finish_epoch(self) -> float:
+        """Move on to the next epoch and return the mean loss of the one that ended."""
+        mean = self.epoch_loss_sum / max(1, self.epoch_steps)
+        self.epoch += 1
+        self.batch = self.epoch_steps = 0
+        self.epoch_loss_sum = 0.0
+        return mean
+
+    def as_dict(self) -> dict[str, int | float]:
+        """Return plain numbers for the checkpoint."""
+        return asdict(self)
