@@ -8,11 +8,10 @@ import random
 from dataclasses import dataclass
 
 from sidestep.data.dataset_file import Dataset, Track
+from sidestep.data.fields import INSTRUMENTAL, UNKNOWN_LANGUAGE
 
 INSTRUCTION = "Fill the audio semantic mask based on the given conditions:"
 NOT_GIVEN = "N/A"
-NO_LYRICS = "[Instrumental]"
-NO_LANGUAGE = "unknown"
 # The seed of the official tools: the same songs are described by their genre there and here.
 _GENRE_SEED = 42
 
@@ -82,4 +81,6 @@ def prompt_text(caption: str, *, bpm: int | None, timesignature: str, keyscale: 
 
 def lyrics_text(lyrics: str, *, language: str) -> str:
     """The lyrics as the model is prompted with them: under a language header, `[Instrumental]` where there are none."""
-    return f"# Languages\n{language.strip() or NO_LANGUAGE}\n\n# Lyric\n{lyrics.strip() or NO_LYRICS}<|endoftext|>"
+    return (
+        f"# Languages\n{language.strip() or UNKNOWN_LANGUAGE}\n\n# Lyric\n{lyrics.strip() or INSTRUMENTAL}<|endoftext|>"
+    )

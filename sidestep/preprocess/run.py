@@ -156,17 +156,17 @@ def _plan(run: _Run, dataset: Dataset, recipe: Recipe) -> list[Song]:
     """Compare every song with what is there."""
     # The prompts of all songs come first, because the genre ratio is counted over all of them.
     drafts = draft_songs(dataset, max_duration=run.max_duration)
-    songs: list[Song] = []
+    songs: dict[str, Song] = {}
 
     def compare(draft: Draft) -> bool:
         song = plan_song(draft, recipe=recipe, output=run.output)
-        if any(song.file == other.file for other in songs):
+        if song.file in songs:
             raise DataError(f"{draft.name} is in the dataset more than once.", hint="Set its repeat instead.")
-        songs.append(song)
+        songs[song.file] = song
         return song.is_unchanged
 
     run_stage("Looking for what changed", drafts, compare, emit=run.emit)
-    return songs
+    return list(songs.values())
 
 
 def _encode_audio(run: _Run, songs: list[Song]) -> list[Song]:

@@ -4,12 +4,10 @@ Ours differs on purpose in three things: target latents are the posterior's mode
 the timbre reference is silence. Each part is compared with the original's words or numbers where they are the same.
 """
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from reference_cases import REFERENCE, cases
 from safetensors.torch import load_file
 
 from sidestep.data.dataset_file import Dataset, Track
@@ -21,12 +19,7 @@ from sidestep.preprocess.encode_condition import context_latents, encode_conditi
 from sidestep.preprocess.encode_text import encode_prompt, tokenize
 from sidestep.preprocess.tensors import read_sample, sample_frames, sample_paths
 
-REFERENCE = Path(__file__).parent / "reference"
-CASE = next(
-    case
-    for case in json.loads((REFERENCE / "manifest.json").read_text())["cases"]
-    if case["id"] == "acestep-v15-turbo/prep_song_a_lora"
-)
+CASE = next(case.entry for case in cases("preprocess") if str(case) == "acestep-v15-turbo/prep_song_a_lora")
 CPU = torch.device("cpu")
 HIDDEN = {"atol": CASE["tol"]["hidden_atol"], "rtol": 1e-4}
 LATENTS = {"atol": CASE["tol"]["latents_atol"], "rtol": 1e-4}
