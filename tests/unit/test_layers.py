@@ -1,0 +1,77 @@
+"""The architecture, kept by a test: who imports whom, where torch may be imported, how long a file may be."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sidestep.config.places import PROJECT
+
+FILES = sorted((PROJECT / "sidestep").rglob("*.py"))
+ALL = {"config", "data", "model", "preprocess", "training", "ui", "commands", "demo"}
+ALLOWED = {
+    "errors": set(),
+    "events": {"errors"},
+    "config": {"errors", "config"},
+    "data": {"errors", "events", "data"},
+    "model": {"errors", "events", "config", "model"},
+    "preprocess": {"errors", "events", "data", "model", "config", "preprocess"},
+    "training": {"errors", "events", "model", "config", "preprocess", "training"},
+    "demo": {"errors", "events", "model", "config", "data", "demo"},
+    "ui": {"errors", "events", "config", "data", "ui"},
+    "commands": {"errors", "events", *ALL},
+    "main": {"errors", "events", "commands", "ui", "config"},
+}
+# Read before torch is loaded: what these find is reported at once.
+TORCH_FREE = {"model/checkpoint.py", "model/names.py", "model/architecture.py", "model/weights.py", "demo/songs.py"}
+TORCH_SIDE = {"model", "preprocess", "training", "demo"}
+HEAVY = {"torch", "torchaudio", "transformers", "diffusers", "peft", "lycoris"}
+MAX_LINES = 400
+MAX_FUNCTION_LINES = 60
+
+
+def layer(path: Path) -> str:
+    return path.relative_to(PROJECT / "sidestep").parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST, *, top_level: bool) -> Iterator[str]:
+    nodes = tree.body if top_level and isinstance(tree, ast.Module) else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, "imports are absolute"
+            yield node.module
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PROJECT)))
+def test_a_module_keeps_its_place(path: Path):
+    text = path.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    name = str(path.relative_to(PROJECT / "sidestep")).replace("\\", "/")
+    if layer(path) != "__init__":
+        own = {module.split(".")[1] for module in imports(tree, top_level=False) if module.startswith("sidestep.")}
+        assert own <= ALLOWED[layer(path)], "imports from a layer it must not know"
+    heavy = {module.split(".")[0] for module in imports(tree, top_level=True)} & HEAVY
+    may_be_heavy = (layer(path) in TORCH_SIDE and name not in TORCH_FREE) or name == "ui/tensorboard.py"
+    assert may_be_heavy or not heavy, "torch is imported at import time outside the torch side"
+    assert text.count("\n") <= MAX_LINES
+    functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+    assert not [f.name for f in functions if (f.end_lineno or f.lineno) - f.lineno + 1 > MAX_FUNCTION_LINES]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PROJECT)))
+def test_everything_public_says_what_it_gives(path: Path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree), "a module without a docstring"
+    for node in ast.walk(tree):
+        is_public = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+        if is_public and not _is_nested(tree, node):
+            assert ast.get_docstring(node), f"{node.name} has no docstring"
+
+
+def _is_nested(tree: ast.Module, node: ast.AST) -> bool:
+    functions = (outer for outer in ast.walk(tree) if isinstance(outer, ast.FunctionDef) and outer is not node)
+    private = (outer for outer in ast.walk(tree) if isinstance(outer, ast.ClassDef) and outer.name.startswith("_"))
+    return any(node in ast.walk(outer) for outer in [*functions, *private])

@@ -1,0 +1,75 @@
+"""Starting up: help, wrong flags and missing folders answer without torch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sidestep.config.places import PROJECT
+
+# Runs train.py as a user does, then says on the last line which heavy modules were imported on the way.
+PROBE = """
+import runpy, sys
+sys.argv = ["train.py", *sys.argv[1:]]
+try:
+    runpy.run_path("train.py", run_name="__main__")
+except SystemExit as left:
+    code = left.code
+heavy = {"torch", "torchaudio", "transformers", "diffusers", "peft", "lycoris"} & set(sys.modules)
+print(f"\\n{code} {sorted(heavy)}")
+"""
+
+
+def start(*arguments: str, home: Path) -> tuple[str, str, str]:
+    """Return the last line of the probe, and what was printed on stdout and stderr."""
+    environment = {"PATH": "", "HOME": str(home), "XDG_CONFIG_HOME": str(home), "APPDATA": str(home)}
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, *arguments],
+        cwd=PROJECT, env=environment, capture_output=True, text=True, encoding="utf-8", check=True,
+    )  # fmt: skip
+    *shown, last = done.stdout.rstrip().split("\n")
+    return last, "\n".join(shown), done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["fixed", "--help"], ["vanilla", "--help"], ["build-dataset", "--help"]]
+)
+def test_help_loads_no_torch(arguments: list[str], tmp_path: Path):
+    last, shown, _ = start(*arguments, home=tmp_path)
+    assert last == "0 []"
+    assert "usage: train.py" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["fixed", "--rnk", "8"], 2, "fixed has no flag --rnk (did you mean --rank?)."),
+        (["fixed", "--rank", "0", "-d", "a", "-o", "b"], 2, "--rank takes a whole number from 1 to 4096, not 0."),
+        (["fixed", "--dropout", "1.5", "-d", "a", "-o", "b"], 2, "--dropout takes a number from 0 to 0.5, not 1.5."),
+        (["fixed", "--lr", "nan", "-d", "a", "-o", "b"], 2, "--learning-rate takes a number above 0, not nan."),
+        (["fixed", "--target-modules", "qproj", "-d", "a", "-o", "b"], 2, "(did you mean q_proj?)"),
+        (["vanilla", "--cfg-ratio", "0.2"], 2, "vanilla trains with 0"),
+        (["fixed", "-a", "lokr", "--use-rslora", "-d", "a", "-o", "b"], 2, "--use-rslora counts only with"),
+        (["fixed", "-a", "lora", "--lokr-factor", "4", "-d", "a", "-o", "b"], 2, "--lokr-factor counts only with"),
+        (["fixed"], 2, "--dataset-dir is required to train"),
+        (["fixed", "--preprocess"], 2, "--preprocess needs --audio-dir"),
+        (["fixed", "-d", "a", "-o", "b"], 2, "Where are the ACE-Step checkpoints?"),
+        (["fixed", "-c", "nowhere", "-d", "a", "-o", "b"], 1, "There is no checkpoint folder nowhere."),
+        (["fixed", "--resume-from", "nowhere"], 1, "There is no folder nowhere to resume from."),
+        (["fixed", "--preset", "recomended", "-d", "a", "-o", "b"], 2, "There is no preset 'recomended'"),
+        (["build-dataset", "--input", "nowhere"], 1, "nowhere"),
+        (["build-dataset"], 2, "--input is required"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_before_torch_is_loaded(arguments: list[str], code: int, message: str, tmp_path: Path):
+    last, shown, errors = start(*arguments, home=tmp_path)
+    assert last == f"{code} []"
+    assert message in " ".join(errors.split())
+    assert "Traceback" not in errors + shown
+
+
+def test_without_a_terminal_and_without_a_command_there_is_a_short_help(tmp_path: Path):
+    last, shown, _ = start(home=tmp_path)
+    assert last == "2 []"
+    assert "fixed" in shown and "build-dataset" in shown
