@@ -7,7 +7,6 @@ the timbre reference is silence. Each part is compared with the original's words
 import numpy as np
 import pytest
 import torch
-from reference_cases import REFERENCE, cases
 from safetensors.torch import load_file
 
 from sidestep.data.dataset_file import Dataset, Track
@@ -18,6 +17,7 @@ from sidestep.preprocess.encode_audio import Loudness, encode_wave, load_wave
 from sidestep.preprocess.encode_condition import context_latents, encode_condition
 from sidestep.preprocess.encode_text import encode_prompt, tokenize
 from sidestep.preprocess.tensors import read_sample, sample_frames, sample_paths
+from tests.golden.reference_cases import REFERENCE, cases
 
 CASE = next(case.entry for case in cases("preprocess") if str(case) == "acestep-v15-turbo/prep_song_a_lora")
 CPU = torch.device("cpu")
