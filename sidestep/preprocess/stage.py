@@ -15,10 +15,14 @@ class Named(Protocol):
     """What a stage goes through: something with the song's name and its length in seconds."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What the user calls the song."""
+        ...
 
     @property
-    def seconds(self) -> float: ...
+    def seconds(self) -> float:
+        """How long it is."""
+        ...
 
 
 Item = TypeVar("Item", bound=Named)
