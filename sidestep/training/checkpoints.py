@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from torch import Tensor
@@ -57,8 +58,9 @@ def load_checkpoint(folder: Path) -> Snapshot:
     """Read a checkpoint folder; ModelError when it is damaged, incomplete or of another format."""
     path = folder / STATE_FILE
     try:
+        _check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, BadZipFile) as error:
         raise ModelError(
             f"The checkpoint {folder} is damaged: {type(error).__name__}.",
             hint="Resume from an earlier one: --resume-from takes a checkpoints/epoch_* folder too.",
@@ -69,6 +71,14 @@ def load_checkpoint(folder: Path) -> Snapshot:
     if missing:
         raise ModelError(f"{path} is incomplete: {', '.join(sorted(missing))} missing.")
     return Snapshot(**{name: content[name] for name in Snapshot.__slots__})
+
+
+def _check_sums(path: Path) -> None:
+    """Raise BadZipFile for a byte that is not as it was written; torch.load takes such a file as it is."""
+    with ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise BadZipFile(f"{damaged} does not match its checksum.")
 
 
 def newest_good(candidates: list[Path]) -> tuple[Path, Snapshot, list[ModelError]]:

@@ -1,0 +1,29 @@
+"""What tests share: toy checkpoints, made once a session."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from sidestep.model.checkpoint import Checkpoint
+
+
+def _toy(folder: Path, variant: str) -> "Checkpoint":
+    # Imported here because the tests that ask for no checkpoint must run without torch.
+    from sidestep.demo.checkpoint import build_toy_checkpoint
+    from sidestep.model.checkpoint import find_checkpoint
+
+    return find_checkpoint(build_toy_checkpoint(folder, variant=variant), variant)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> "Checkpoint":
+    """A toy of the base model: four layers, random weights. Read only."""
+    return _toy(tmp_path_factory.mktemp("base"), "base")
+
+
+@pytest.fixture(scope="session")
+def turbo(tmp_path_factory: pytest.TempPathFactory) -> "Checkpoint":
+    """A toy of the turbo model. Read only."""
+    return _toy(tmp_path_factory.mktemp("turbo"), "turbo")
