@@ -31,8 +31,11 @@ EXIT_SKIPPED = 1
 EXIT_INTERRUPTED = 130
 
 
-def run(command: str, values: Mapping[str, Any], *, screen: GlobalConfig) -> int:
-    """Carry out `fixed` or `vanilla` with the typed values; returns the exit code."""
+def run(command: str, values: Mapping[str, Any], *, screen: GlobalConfig, remembers: bool = True) -> int:
+    """Carry out `fixed` or `vanilla` with the typed values; returns the exit code.
+
+    `remembers` keeps the checkpoint folder as the user's default for the next start.
+    """
     layer_names = {setting.name for setting in settings_of(LayersConfig)}
     layers = build(LayersConfig, parse_values(LayersConfig, {k: v for k, v in values.items() if k in layer_names}))
     typed = {name: value for name, value in values.items() if name not in layer_names}
@@ -44,6 +47,8 @@ def run(command: str, values: Mapping[str, Any], *, screen: GlobalConfig) -> int
     if layers.save_preset:
         console.print(f"Saved as preset: {save_preset(layers.save_preset, config)}")
     checkpoint = _checkpoint(config)
+    if remembers and config.checkpoint_dir is not None:
+        remember("checkpoint_dir", str(config.checkpoint_dir.resolve()))
     skipped = 0
     if config.preprocess:
         skipped = _preprocess(config, checkpoint, console)
@@ -87,7 +92,6 @@ def _preprocess(config: TrainConfig, checkpoint: Checkpoint, console: Console) -
             dtype=choose_dtype(config.precision, device),
             emit=emit,
         )
-    _remember_checkpoints(config)
     console.print(f"{result.done} songs encoded, {result.unchanged} unchanged, {result.skipped} skipped: {output}")
     return result.skipped
 
@@ -118,7 +122,6 @@ def _train(command: str, config: TrainConfig, checkpoint: Checkpoint, output_dir
             emit=combine(show, write_log),
         )
         write_text(output_dir / RUN_CONFIG, training.config_text)
-        _remember_checkpoints(config)
         first_step = training.first_step
         metrics = stack.enter_context(MetricsFile(output_dir / "metrics.jsonl", first_step=first_step))
         board = stack.enter_context(TensorBoard(config.log_dir or output_dir / "runs", first_step=first_step))
@@ -161,8 +164,3 @@ def writable_folder(folder: Path) -> Path:
             return folder
     except OSError as error:
         raise cannot_write(folder, error) from error
-
-
-def _remember_checkpoints(config: TrainConfig) -> None:
-    if config.checkpoint_dir is not None:
-        remember("checkpoint_dir", str(config.checkpoint_dir.resolve()))

@@ -18,7 +18,7 @@ from diffusers.models.transformers.ace_step_transformer import AceStepTransforme
 from diffusers.pipelines.ace_step.modeling_ace_step import AceStepConditionEncoder, AceStepTimbreEncoder
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from sidestep.errors import ModelError
@@ -150,7 +150,7 @@ def load_vae(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype
 
 def load_text_encoder(
     checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype
-) -> tuple[PreTrainedTokenizerBase, Qwen3Model]:
+) -> tuple[PreTrainedTokenizerFast, Qwen3Model]:
     """Load the tokenizer and the text encoder, Qwen3-Embedding-0.6B."""
     folder = existing_folder(checkpoint.text_encoder, "text encoder")
     content = read_json(folder / "config.json")
@@ -174,7 +174,7 @@ def load_text_encoder(
     return _load_tokenizer(checkpoint), encoder
 
 
-def _load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+def _load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerFast:
     read_json(checkpoint.tokenizer / "tokenizer.json")
     # The general class takes tokenizer.json as it is, with the <|endoftext|> that its post-processor appends.
     return PreTrainedTokenizerFast.from_pretrained(checkpoint.tokenizer, local_files_only=True)
