@@ -7,6 +7,7 @@ from torch import nn
 from sidestep.config.train import TrainConfig
 from sidestep.training.adapters.base import Adapter
 from sidestep.training.adapters.lora import attach_lora
+from sidestep.training.adapters.lycoris import attach_loha, attach_lokr
 
 
 def _lora(decoder: nn.Module, modules: Sequence[str], config: TrainConfig) -> Adapter:
@@ -22,4 +23,28 @@ def _lora(decoder: nn.Module, modules: Sequence[str], config: TrainConfig) -> Ad
     )
 
 
-ADAPTERS: dict[str, Callable[[nn.Module, Sequence[str], TrainConfig], Adapter]] = {"lora": _lora, "dora": _lora}
+def _lokr(decoder: nn.Module, modules: Sequence[str], config: TrainConfig) -> Adapter:
+    return attach_lokr(
+        decoder,
+        modules,
+        rank=config.rank,
+        alpha=config.alpha,
+        dropout=config.dropout,
+        factor=config.lokr_factor,
+        decompose_both=config.lokr_decompose_both,
+        use_tucker=config.lokr_use_tucker,
+        use_scalar=config.lokr_use_scalar,
+        weight_decompose=config.lokr_weight_decompose,
+    )
+
+
+def _loha(decoder: nn.Module, modules: Sequence[str], config: TrainConfig) -> Adapter:
+    return attach_loha(decoder, modules, rank=config.rank, alpha=config.alpha, dropout=config.dropout)
+
+
+ADAPTERS: dict[str, Callable[[nn.Module, Sequence[str], TrainConfig], Adapter]] = {
+    "lora": _lora,
+    "dora": _lora,
+    "lokr": _lokr,
+    "loha": _loha,
+}

@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 from sidestep.config.train import TARGET_MODULES
 from sidestep.errors import ModelError
-from sidestep.model.names import to_diffusers
+from sidestep.model.names import to_diffusers, to_original
 
 ATTENTION_PROJECTIONS = TARGET_MODULES[:4]
 MLP_PROJECTIONS = TARGET_MODULES[4:]
@@ -28,6 +28,11 @@ class Adapter(Protocol):
     @property
     def parameters(self) -> Mapping[str, Parameter]:
         """The trained tensors by name, float32, in a fixed order."""
+        ...
+
+    @property
+    def remarks(self) -> Sequence[str]:
+        """What a user should know before training: which programs will not load this adapter, what has no effect."""
         ...
 
     def write(self, folder: Path, values: Mapping[str, Tensor], *, about: Mapping[str, str]) -> None:
@@ -54,16 +59,19 @@ def target_names(layers: int, *, attention_type: str, target_modules: Sequence[s
     return [f"layers.{layer}.{part}" for layer in range(layers) for part in parts]
 
 
-def target_suffixes(modules: Sequence[str]) -> list[str]:
-    """Return the shortest suffixes by which PEFT finds these modules: `q_proj`, or `self_attn.q_proj`."""
-    parts = {name.split(".", 2)[2] for name in modules}
-    short = {part.rsplit(".", 1)[1] for part in parts}
-    whole = {name for name in short if len({part for part in parts if part.endswith(f".{name}")}) == _blocks_with(name)}
-    return sorted(whole | {part for part in parts if part.rsplit(".", 1)[1] not in whole})
+def target_suffixes(modules: Sequence[str], decoder: nn.Module) -> list[str]:
+    """Return the shortest suffixes by which PEFT finds exactly these modules: `q_proj`, `self_attn.q_proj`, ...
+
+    `decoder` is looked at as it is before adapters are put on it.
+    """
+    others = {to_original(name) for name, _ in decoder.named_modules()} - set(modules)
+    taken = {suffix for name in others for suffix in _suffixes(name)}
+    return sorted({next(suffix for suffix in _suffixes(name) if suffix not in taken) for name in modules})
 
 
-def _blocks_with(projection: str) -> int:
-    return 1 if projection in MLP_PROJECTIONS else len(ATTENTION_BLOCKS["both"])
+def _suffixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
 
 
 def freeze(decoder: nn.Module) -> None:

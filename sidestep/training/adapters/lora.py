@@ -13,26 +13,28 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from sidestep.errors import ModelError
-from sidestep.model.names import to_original
+from sidestep.model.names import to_diffusers, to_original
 from sidestep.training.adapters.base import diffusers_names, freeze, target_suffixes, trained_parameters
+from sidestep.training.adapters.files import LORA_FILE, find_weights, read_weights
 
 CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+_RANK_AT = {"A.weight": 0, "B.weight": 1}  # A is [rank, in], B is [out, rank].
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraAdapter:
-    """A LoRA or DoRA adapter on a decoder."""
+    """A LoRA or DoRA adapter on a decoder. `targets` are the suffixes by which PEFT finds its modules."""
 
     modules: Sequence[str]
     parameters: Mapping[str, Parameter]
+    remarks: Sequence[str]
+    targets: Sequence[str]
     rank: int
     scaling: float
     dropout: float
@@ -45,7 +47,7 @@ class LoraAdapter:
             PREFIX + name: (value * self.scaling if name.endswith("lora_B.weight") else value).contiguous()
             for name, value in values.items()
         }
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt", **about})
+        save_file(tensors, folder / LORA_FILE, metadata={"format": "pt", **about})
         config = {
             "peft_type": "LORA",
             "task_type": "FEATURE_EXTRACTION",
@@ -54,7 +56,7 @@ class LoraAdapter:
             "r": self.rank,
             "lora_alpha": self.rank,
             "lora_dropout": self.dropout,
-            "target_modules": target_suffixes(self.modules),
+            "target_modules": list(self.targets),
             "bias": self.bias,
             "use_dora": self.is_dora,
             "use_rslora": False,
@@ -62,38 +64,54 @@ class LoraAdapter:
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def read(self, path: Path) -> None:
-        """Take over a PEFT adapter of the same or a smaller rank; its effect is the same whatever its alpha was."""
-        folder = _adapter_folder(path)
-        config, tensors = _read_config(folder), _read_tensors(folder)
+        """Take over a PEFT adapter of the same or smaller ranks; its effect is the same whatever its alpha was.
+
+        Modules that the adapter leaves alone keep their fresh, ineffective weights.
+        """
+        weights = find_weights(path, LORA_FILE)
+        folder = weights.parent
+        config, tensors = _read_config(folder), _read_tensors(weights)
         if bool(config.get("use_dora", False)) != self.is_dora:
-            raise ModelError(f"{folder} is {'a DoRA' if not self.is_dora else 'no DoRA'} adapter.")
+            kind, choice = ("a LoRA, not a DoRA", "lora") if self.is_dora else ("a DoRA, not a LoRA", "dora")
+            raise ModelError(f"{folder} holds {kind}.", hint=f"Set --adapter-type {choice}.")
         foreign = sorted(set(tensors) - set(self.parameters))
         if foreign:
             raise ModelError(
-                f"{folder} adapts {foreign[0]}, which this run does not ({len(foreign)} such tensors).",
+                f"{folder} holds {foreign[0]}, which this run does not train ({len(foreign)} such tensors).",
                 hint="Set --target-modules, --attention-type and --bias as they were for that adapter.",
             )
-        if not tensors:
-            raise ModelError(f"{folder} holds no LoRA tensors.")
+        touched = {_module_of(name) for name in tensors}
+        missing = [name for name in self.parameters if _module_of(name) in touched and name not in tensors]
+        if missing or not tensors:
+            raise ModelError(f"{folder} is incomplete: {missing[0] if missing else 'every tensor'} is missing.")
+        for name, value in tensors.items():
+            self._check(name, value)
         with torch.no_grad():
             for name, value in tensors.items():
                 self._take(name, value, _scaling_in(config, name) / self.scaling)
 
+    def _check(self, name: str, value: Tensor) -> None:
+        """Raise ModelError unless the tensor has its parameter's shape, but for a smaller rank."""
+        wanted, rank_at = tuple(self.parameters[name].shape), _RANK_AT.get(name.rsplit(".lora_", 1)[-1])
+        found = tuple(value.shape)
+        if rank_at is not None and len(found) == 2 and found[rank_at] <= self.rank:
+            found = tuple(self.rank if at == rank_at else size for at, size in enumerate(found))
+        if found != wanted:
+            raise ModelError(
+                f"{name} is {list(value.shape)} in that adapter and {list(wanted)} here.",
+                hint="Is its rank larger than --rank, or does it belong to another model?",
+            )
+
     def _take(self, name: str, value: Tensor, scale: float) -> None:
         parameter = self.parameters[name]
         value = value.to(parameter)
-        if name.endswith("lora_A.weight") and value.shape[0] <= self.rank and value.shape[1:] == parameter.shape[1:]:
+        if name.endswith("lora_A.weight"):
             parameter[: value.shape[0]] = value
-        elif name.endswith("lora_B.weight") and value.shape[1] <= self.rank and value.shape[:1] == parameter.shape[:1]:
+        elif name.endswith("lora_B.weight"):
             parameter.zero_()
             parameter[:, : value.shape[1]] = value * scale
-        elif value.shape == parameter.shape:
-            parameter.copy_(value)
         else:
-            raise ModelError(
-                f"{name} is {list(value.shape)} in that adapter and {list(parameter.shape)} here.",
-                hint="Is its rank larger than --rank, or does it belong to another model?",
-            )
+            parameter.copy_(value)
 
 
 def attach_lora(
@@ -118,11 +136,16 @@ def attach_lora(
         use_rslora=use_rslora,
         use_dora=use_dora,
     )
+    targets = target_suffixes(modules, decoder)
     inject_adapter_in_model(config, decoder)
     trained = {_original_name(name): parameter for name, parameter in trained_parameters(decoder).items()}
+    if use_dora:
+        _set_magnitudes(decoder, modules)
     return LoraAdapter(
         modules=tuple(modules),
         parameters=trained,
+        remarks=_remarks(modules, trained, bias=bias, is_dora=use_dora),
+        targets=targets,
         rank=rank,
         scaling=alpha / rank**0.5 if use_rslora else alpha / rank,
         dropout=dropout,
@@ -131,48 +154,85 @@ def attach_lora(
     )
 
 
+def _set_magnitudes(decoder: nn.Module, modules: Sequence[str]) -> None:
+    """Set DoRA's magnitudes to the row norms of the weights, in float32.
+
+    PEFT computes them in the weights' own format: in bfloat16 the untrained adapter would change rows by up to 0.4 %.
+    """
+    for name in modules:
+        base = f"{to_diffusers(name)}.base_layer.weight"
+        magnitude = decoder.get_parameter(f"{to_diffusers(name)}.lora_magnitude_vector.default.weight")
+        magnitude.data = decoder.get_parameter(base).detach().float().norm(dim=1)
+
+
+def _remarks(modules: Sequence[str], trained: Mapping[str, Parameter], *, bias: str, is_dora: bool) -> list[str]:
+    remarks = []
+    if not any(name.endswith(("q_proj", "k_proj")) for name in modules):
+        remarks.append(
+            "diffusers will not load this adapter: it looks for q_proj or k_proj, and neither is among the targets."
+        )
+    if is_dora:
+        remarks.append("ComfyUI and acestep.cpp ignore DoRA's magnitudes; ACE-Step's app, PEFT and diffusers use them.")
+    biases = sum(name.endswith(".bias") for name in trained)
+    if biases:
+        remarks.append(
+            f"{biases} biases of the model are trained too: PEFT and ACE-Step's app load them, ComfyUI and acestep.cpp "
+            "leave them out, and diffusers refuses the adapter."
+        )
+    elif bias != "none":
+        remarks.append(f"--bias {bias} has no effect: the adapted modules have no biases.")
+    return remarks
+
+
 def _original_name(name: str) -> str:
     """Turn `layers.0.self_attn.to_q.lora_A.default.weight` into `layers.0.self_attn.q_proj.lora_A.weight`."""
     bare = name.replace(".default", "").replace(".base_layer", "")
     return to_original(re.sub(r"lora_magnitude_vector\.weight$", "lora_magnitude_vector", bare))
 
 
-def _adapter_folder(path: Path) -> Path:
-    """Return the folder with the adapter's files: ours and Side-Step's are flat, the official trainer's in adapter/."""
-    for folder in (path, path / "adapter", path.parent):
-        if (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file():
-            return folder
-    raise ModelError(f"There is no LoRA adapter in {path}.", hint=f"It needs {CONFIG_FILE} and {WEIGHTS_FILE}.")
+def _module_of(name: str) -> str:
+    return name.split(".lora_")[0]
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
+    """Read adapter_config.json; ModelError unless it describes a LoRA, with patterns that can be applied."""
+    path = folder / CONFIG_FILE
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{folder / CONFIG_FILE} is not valid JSON: {error}.") from error
-    if not isinstance(config, dict) or not {"r", "lora_alpha"} <= config.keys():
-        raise ModelError(f"{folder / CONFIG_FILE} does not describe a LoRA: r and lora_alpha are missing.")
-    return config
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{path} is missing: without it the adapter's strength is unknown.") from error
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(config, dict) or config.get("peft_type", "LORA") != "LORA":
+        raise ModelError(f"{path} does not describe a LoRA.")
+    patterns = {name: config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
+    sizes = [config.get("r"), config.get("lora_alpha")]
+    for pattern in patterns.values():
+        sizes += pattern.values() if isinstance(pattern, dict) else [None]
+    if not all(isinstance(size, int | float) and not isinstance(size, bool) and size > 0 for size in sizes):
+        raise ModelError(f"{path}: r, lora_alpha and their patterns must be numbers above 0.")
+    return {**config, **patterns}
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    try:
-        stored = load_file(folder / WEIGHTS_FILE)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{folder / WEIGHTS_FILE} is damaged: {error}.") from error
-    return {to_original(name.removeprefix(PREFIX).removeprefix("decoder.")): value for name, value in stored.items()}
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    tensors, _ = read_weights(path)
+    return {to_original(name.removeprefix(PREFIX).removeprefix("decoder.")): value for name, value in tensors.items()}
 
 
 def _scaling_in(config: Mapping[str, Any], name: str) -> float:
     """Return the scale PEFT applies to a tensor's module; patterns match the end of its name."""
-    module = name.split(".lora_")[0]
-    rank = _pattern_value(config.get("rank_pattern"), module, config["r"])
-    alpha = _pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"])
+    module = _module_of(name)
+    rank = _pattern_value(config["rank_pattern"], module, config["r"])
+    alpha = _pattern_value(config["alpha_pattern"], module, config["lora_alpha"])
     return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
 
 
-def _pattern_value(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+def _pattern_value(patterns: Mapping[str, float], module: str, default: float) -> float:
+    for pattern, value in patterns.items():
+        try:
+            is_match = re.match(rf"(.*\.)?({pattern})$", module)
+        except re.error as error:
+            raise ModelError(f"'{pattern}' in {CONFIG_FILE} is no pattern: {error}.") from error
+        if is_match:
             return value
     return default

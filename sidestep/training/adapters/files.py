@@ -1,0 +1,46 @@
+"""Finds and reads the weights files of adapters, ours and other trainers'."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sidestep.errors import ModelError
+
+LORA_FILE = "adapter_model.safetensors"
+LOKR_FILE = "lokr_weights.safetensors"
+LOHA_FILE = "loha_weights.safetensors"
+_KINDS = {LORA_FILE: ("LoRA", "lora (or dora)"), LOKR_FILE: ("LoKr", "lokr"), LOHA_FILE: ("LoHa", "loha")}
+
+
+def find_weights(path: Path, name: str) -> Path:
+    """Return the weights file called `name` in an adapter's folder, ours and Side-Step 1's, or in adapter/ below it.
+
+    `path` may also be a file beside it. ModelError says what else lies there.
+    """
+    folder = path.parent if path.is_file() else path
+    for place in (folder, folder / "adapter"):
+        if (place / name).is_file():
+            return place / name
+    if not path.exists():
+        raise ModelError(f"There is no adapter {path}: no such file or folder.")
+    label = _KINDS[name][0]
+    for other, (other_label, choice) in _KINDS.items():
+        if (folder / other).is_file() or (folder / "adapter" / other).is_file():
+            raise ModelError(f"{path} holds a {other_label}, not a {label}.", hint=f"Set --adapter-type {choice}.")
+    raise ModelError(f"There is no {label} in {path}.", hint=f"Give a folder that holds {name}.")
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """Return all tensors of a safetensors file, and its header; ModelError when it is damaged or not finite."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header: Mapping[str, str] = file.metadata() or {}
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is damaged: {error}.") from error
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ModelError(f"{path} holds numbers that are not finite, in {broken[0]} first.")
+    return tensors, header
