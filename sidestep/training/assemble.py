@@ -11,7 +11,7 @@ from sidestep.config.presets import run_config_text
 from sidestep.config.recipe import TURBO_SHIFT, Recipe, learning_rate_of, resolve_recipe, schedule_of
 from sidestep.config.runs import resume_candidates
 from sidestep.config.train import TrainConfig
-from sidestep.errors import ConfigError, ModelError
+from sidestep.errors import ConfigError, ModelError, RunError
 from sidestep.events import Emit, Notice
 from sidestep.model.attention import mask_cross_attention
 from sidestep.model.checkpoint import Checkpoint, decoder_fingerprint
@@ -89,7 +89,13 @@ def assemble(
     identity = {"songs": dataset_fingerprint(songs), "decoder": decoder_fingerprint(checkpoint)}
     snapshot = _snapshot(config, identity, emit)
     sampler = sampler_of(recipe, mu=checkpoint.timestep_mu, sigma=checkpoint.timestep_sigma)
-    adapter, stepper = _model(config, recipe, checkpoint, sampler=sampler, device=device, dtype=dtype)
+    try:
+        adapter, stepper = _model(config, recipe, checkpoint, sampler=sampler, device=device, dtype=dtype)
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"The model {checkpoint.variant} does not fit into the free memory of {device}.",
+            hint="Close other programs that use it, or train a smaller --model-variant.",
+        ) from error
     state = _restore(snapshot, adapter, stepper) if snapshot else TrainState()
     pace = _pace(config, plan, emit)
     if state.step >= pace.total_steps:

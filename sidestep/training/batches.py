@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sidestep.errors import SidestepError
+from sidestep.errors import RunError, SidestepError
 from sidestep.preprocess.tensors import FRAMES_PER_SECOND, read_sample
 from sidestep.training.objective import Task
 from sidestep.training.timesteps import Sampler
@@ -85,7 +85,7 @@ class Plan:
         return sum(-(-count // self.batch_size) for count in per_group)
 
     def _draw_count(self, song: int, frames: int) -> int:
-        windows = -(-self.songs[song].frames // frames) if self.chunk_frames else 1
+        windows = -(-self.songs[song].frames // frames) if self._is_window(frames) else 1
         return windows * self.songs[song].repeat * self.repeats
 
     def _group_draws(self, group: LengthGroup, epoch: int) -> Iterator[Draw]:
@@ -98,8 +98,12 @@ class Plan:
             for window, start in enumerate(self._starts(song, frames, seed)):
                 yield Draw(song, start, frames, mix(seed, window))
 
+    def _is_window(self, frames: int) -> bool:
+        # A song shorter than the window is never cut in two, even where it is cropped to share a batch.
+        return frames == self.chunk_frames
+
     def _starts(self, song: int, frames: int, seed: int) -> list[int]:
-        if not self.chunk_frames:
+        if not self._is_window(frames):
             return [random.Random(seed).randint(0, self.songs[song].frames - frames)]
         return window_starts(self.songs[song].frames, frames, random.Random(seed))
 
@@ -243,9 +247,11 @@ class _EpochOrder:
         return self.plan.batches_per_epoch - self.position
 
 
-def _leave_interrupts_to_the_main_process(worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal; a worker that dies of it takes the step down that is to be finished.
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    # Ctrl-C and a job manager's SIGTERM reach every process of the group; a worker that dies of one, or that runs the
+    # handler it was forked with, takes the step down that is to be finished.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @dataclass(slots=True)
@@ -271,13 +277,29 @@ class Batches:
             pin_memory=self.pin_memory,
             prefetch_factor=self.prefetch_factor if self.num_workers else None,
             persistent_workers=self.persistent_workers and self.num_workers > 0,
-            worker_init_fn=_leave_interrupts_to_the_main_process,
+            worker_init_fn=_leave_signals_to_the_main_process,
         )
 
     def epoch(self, epoch: int, *, position: int = 0) -> Iterator[Batch]:
-        """Yield the batches of an epoch (from 0), skipping the first `position`."""
+        """Yield the batches of an epoch (from 0), skipping the first `position`.
+
+        Raises the DataError of a file that went bad, and RunError when a reading process was killed.
+        """
         self._order.epoch, self._order.position = epoch, position
-        for batch in self._loader:
+        batches = iter(self._loader)
+        while (batch := self._next(batches)) is not None:
             if isinstance(batch, SidestepError):
                 raise batch
             yield batch
+
+    def _next(self, batches: Iterator[Batch | SidestepError]) -> Batch | SidestepError | None:
+        try:
+            return next(batches, None)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            # Its bus error is how a container with little shared memory (/dev/shm) shows.
+            raise RunError(
+                "A process that reads the songs was killed.",
+                hint="Memory or shared memory ran out, most likely: read in the main process with --num-workers 0.",
+            ) from error

@@ -14,10 +14,11 @@ from typing import Any
 from zipfile import BadZipFile, ZipFile
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sidestep.config.runs import RUN_CONFIG, STATE_FILE
-from sidestep.errors import ModelError, RunError, SidestepError
+from sidestep.errors import ModelError, RunError
 from sidestep.training.adapters.base import Adapter
 
 STATE_FORMAT = 1
@@ -42,7 +43,8 @@ def save_checkpoint(
 
     def fill(temporary: Path) -> None:
         content = {name: getattr(snapshot, name) for name in snapshot.__slots__}
-        torch.save({"format_version": STATE_FORMAT, **content}, temporary / STATE_FILE)
+        with (temporary / STATE_FILE).open("wb") as file:
+            torch.save({"format_version": STATE_FORMAT, **content}, file)
         adapter.write(temporary, snapshot.adapter, about=about)
         (temporary / RUN_CONFIG).write_text(config_text, encoding="utf-8")
 
@@ -98,29 +100,47 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     RunError when the disk is full or the folder cannot be written; what was there before stays.
     """
     temporary = target.with_name(f".{target.name}.writing")
-    replaced = target.with_name(f".{target.name}.replaced")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in (temporary, replaced):
-            if leftover.exists():
-                shutil.rmtree(leftover)
+        if temporary.exists():
+            shutil.rmtree(temporary)
         temporary.mkdir()
         fill(temporary)
         _flush(temporary)
-        if target.exists():
-            target.rename(replaced)
-        temporary.rename(target)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except SidestepError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    except (OSError, RuntimeError) as error:
-        # torch.save and safetensors report a full disk as a RuntimeError of their own.
-        shutil.rmtree(temporary, ignore_errors=True)
+        _put_in_place(temporary, target)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
         raise RunError(
-            f"{target} could not be written: {error}.",
+            f"{target} could not be written: {reason}.",
             hint="Free some disk space, or check that the folder may be written, then resume from the last checkpoint.",
         ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    replaced = target.with_name(f".{target.name}.replaced")
+    if target.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        target.rename(replaced)
+    try:
+        temporary.rename(target)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(target)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _reason(error: Exception) -> str | None:
+    """Say what the disk did; None for an error that does not come from it."""
+    if isinstance(error, SafetensorError):
+        return str(error)
+    # torch.save closes its archive while the file's error is on its way, and fails with a RuntimeError of its own.
+    cause = error if isinstance(error, OSError) else error.__context__
+    return (cause.strerror or str(cause)) if isinstance(cause, OSError) else None
 
 
 def _flush(folder: Path) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from sidestep.config.runs import CHECKPOINTS, checkpoint_name
-from sidestep.errors import NonFiniteError, RunError
+from sidestep.errors import DataError, NonFiniteError, RunError
 from sidestep.events import AdapterSaved, CheckpointSaved, Emit, RunDone, RunStarted, Validated
 from sidestep.preprocess.tensors import FRAMES_PER_SECOND
 from sidestep.training.adapters.base import current_values
@@ -21,8 +21,6 @@ from sidestep.training.validation import held_out_loss
 def carry_out(run: Run, *, emit: Emit, stop_requested: Callable[[], bool]) -> Reason:
     """Train to the end, or until a stop is requested; checkpoints and the final adapter are on disk afterwards."""
     emit(_started(run))
-    if run.held_out and run.state.step == 0:
-        _validate(run, emit)
     hooks = Hooks(
         save=lambda: _save(run, emit),
         after_step=lambda: run.ema.update(run.state.step) if run.ema else None,
@@ -30,6 +28,8 @@ def carry_out(run: Run, *, emit: Emit, stop_requested: Callable[[], bool]) -> Re
         stop_requested=stop_requested,
     )
     with _saving_on_failure(run, emit):
+        if run.held_out and run.state.step == 0:
+            _validate(run, emit)
         reason = train(run.state, stepper=run.stepper, batches=run.batches, pace=run.pace, hooks=hooks, emit=emit)
     if reason != "interrupted":
         _save_final(run, emit)
@@ -147,7 +147,7 @@ def _saving_on_failure(run: Run, emit: Emit) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         _keep(run, emit)
         raise RunError(f"The {run.stepper.device.type} device is out of memory.", hint=_smaller(run)) from error
-    except NonFiniteError:
+    except (NonFiniteError, DataError):
         _keep(run, emit)
         raise
 
