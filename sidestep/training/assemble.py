@@ -13,9 +13,10 @@ from sidestep.config.runs import resume_candidates
 from sidestep.config.train import TrainConfig
 from sidestep.errors import ConfigError, ModelError, RunError
 from sidestep.events import Emit, Notice
-from sidestep.model.attention import mask_cross_attention
+from sidestep.model.attention import use_processors
 from sidestep.model.checkpoint import Checkpoint, decoder_fingerprint
 from sidestep.model.device import choose_device, choose_dtype, reset_memory_peak
+from sidestep.model.dropout import seed_dropout
 from sidestep.model.loading import load_decoder, load_null_condition
 from sidestep.preprocess.tensors import FRAMES_PER_SECOND
 from sidestep.training.adapters import ADAPTERS
@@ -26,6 +27,7 @@ from sidestep.training.ema import Ema
 from sidestep.training.loop import Pace
 from sidestep.training.objective import MinSnr
 from sidestep.training.optimizers import make_optimizer
+from sidestep.training.passes import EagerPasses, Model
 from sidestep.training.songs import dataset_fingerprint, find_songs, hold_out
 from sidestep.training.state import TrainState
 from sidestep.training.step import Stepper
@@ -142,8 +144,6 @@ def _model(
     adapter = ADAPTERS[config.adapter_type](decoder, modules, config)
     if config.init_from:
         adapter.read(config.init_from)
-    if config.gradient_checkpointing:
-        decoder.enable_gradient_checkpointing()
     decoder.train()
     optimizer = make_optimizer(
         config.optimizer_type,
@@ -152,19 +152,25 @@ def _model(
         weight_decay=config.weight_decay,
         device=device,
     )
-    weighting = MinSnr.normed(recipe.snr_gamma, sampler) if recipe.loss_weighting == "min_snr" else None
-    stepper = Stepper(
+    model = Model(
         decoder=decoder,
-        cross_attention=mask_cross_attention(decoder),
-        parameters=adapter.parameters,
-        modules=adapter.modules,
+        cross_attention=use_processors(decoder, device=device, dtype=dtype),
         null_condition=load_null_condition(checkpoint, device=device, dtype=dtype),
-        optimizer=optimizer,
-        weighting=weighting,
-        max_grad_norm=config.max_grad_norm,
+        weighting=MinSnr.normed(recipe.snr_gamma, sampler) if recipe.loss_weighting == "min_snr" else None,
+        recompute=[config.gradient_checkpointing] * len(decoder.layers),
+        dropout_seed=seed_dropout(decoder, config.dropout),
         device=device,
         dtype=dtype,
-        scaler=GradScaler(device.type, enabled=dtype == torch.float16),
+    )
+    scaler = GradScaler(device.type, enabled=dtype == torch.float16)
+    stepper = Stepper(
+        model=model,
+        passes=EagerPasses(model=model, scaler=scaler),
+        parameters=adapter.parameters,
+        modules=adapter.modules,
+        optimizer=optimizer,
+        max_grad_norm=config.max_grad_norm,
+        scaler=scaler,
     )
     return adapter, stepper
 

@@ -1,19 +1,20 @@
 """train(): the loop and nothing else."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Literal
 
 import torch
 
+from sidestep.errors import NonFiniteError
 from sidestep.events import Emit, EpochDone, LayerGradients, Metrics, StepDone, TimestepsDrawn
 from sidestep.model.device import memory_gib
 from sidestep.training.batches import Batch, Batches, mix
 from sidestep.training.schedules import lr_factor
 from sidestep.training.state import TrainState
-from sidestep.training.step import Stepper, StepResult
+from sidestep.training.step import Stepper, StepReading, check
 
 Reason = Literal["finished", "early_stop", "interrupted"]
 
@@ -46,7 +47,12 @@ class Hooks:
 
 def train(state: TrainState, *, stepper: Stepper, batches: Batches, pace: Pace, hooks: Hooks, emit: Emit) -> Reason:
     """Train from where `state` is to the end of the run, or until a stop is requested; saves what is to be kept."""
-    readings = Readings(emit, pace.log_every, pace.total_steps, stepper.device)
+    readings = Readings(emit, pace, stepper.model.device)
+
+    def save() -> None:
+        readings.read(state)
+        hooks.save()
+
     while state.step < pace.total_steps:
         for group in _groups(batches.epoch(state.epoch, position=state.batch), pace.gradient_accumulation):
             _step(group, state, stepper=stepper, pace=pace, readings=readings, emit=emit)
@@ -54,17 +60,18 @@ def train(state: TrainState, *, stepper: Stepper, batches: Batches, pace: Pace, 
             if state.step >= pace.total_steps:
                 break
             if hooks.stop_requested():
-                hooks.save()
+                save()
                 return "interrupted"
+        readings.read(state)
         if state.batch < batches.plan.batches_per_epoch:
             break  # max_steps ended the run within an epoch.
         emit(EpochDone(step=state.step, epoch=state.epoch + 1, loss=state.finish_epoch()))
         if not hooks.after_epoch():
-            hooks.save()
+            save()
             return "early_stop"
         if state.epoch % pace.save_every == 0 and state.step < pace.total_steps:
-            hooks.save()
-    hooks.save()
+            save()
+    save()
     return "finished"
 
 
@@ -74,52 +81,95 @@ def _step(
     lr = pace.lr * lr_factor(
         state.step, schedule=pace.schedule, warmup_steps=pace.warmup_steps, total_steps=pace.total_steps
     )
-    seeds = [mix(pace.seed, "dropout", state.epoch, state.batch + place) for place in range(len(group))]
+    # 31 bits: the seed of a 32-bit hash.
+    seeds = [mix(pace.seed, "dropout", state.epoch, state.batch + place) % 2**31 for place in range(len(group))]
     with_modules = pace.log_heavy_every > 0 and (state.step + 1) % pace.log_heavy_every == 0
-    result = stepper(group, lr=lr, seeds=seeds, with_modules=with_modules)
+    before = replace(state)
+    reading = stepper(group, lr=lr, seeds=seeds, with_modules=with_modules)
     state.step += 1
     state.batch += len(group)
-    state.epoch_loss_sum += result.loss
-    state.epoch_steps += 1
     emit(StepDone(step=state.step, epoch=state.epoch + 1))
-    if with_modules:
-        emit(LayerGradients(step=state.step, norms=result.module_norms))
-    readings.add(result, group, lr=lr, step=state.step, epoch=state.epoch + 1)
+    timesteps = [t for batch in group for t in batch.task.timesteps_B.tolist()]
+    readings.add(PendingStep(before, reading, lr, timesteps, stepper.modules))
+    if readings.is_due(state.step):
+        readings.read(state)
+
+
+@dataclass(frozen=True, slots=True)
+class PendingStep:
+    """A step whose numbers are still on the device, and where the run was before it."""
+
+    before: TrainState
+    reading: StepReading
+    lr: float
+    timesteps: list[float]
+    modules: Sequence[str]
 
 
 @dataclass(slots=True)
 class Readings:
-    """Gathers steps and emits their mean every `log_every` of them."""
+    """Gathers steps; reads them back together, checks them, and emits what they were."""
 
     emit: Emit
-    log_every: int
-    last_step: int
+    pace: Pace
     device: torch.device
+    _pending: list[PendingStep] = field(default_factory=list)
+    _read: list[PendingStep] = field(default_factory=list)
     _losses: list[float] = field(default_factory=list)
-    _timesteps: list[float] = field(default_factory=list)
     _since: float = field(default_factory=time.monotonic)
 
-    def add(self, result: StepResult, group: list[Batch], *, lr: float, step: int, epoch: int) -> None:
-        """Take one step in; speak when it is time."""
-        self._losses.append(result.loss)
-        for batch in group:
-            self._timesteps += batch.task.timesteps_B.tolist()
-        if step % self.log_every and step != self.last_step:
+    def add(self, step: PendingStep) -> None:
+        """Take one step in, without waiting for it."""
+        self._pending.append(step)
+
+    def is_due(self, step: int) -> bool:
+        """Say whether the numbers are to be shown after this step."""
+        return step % self.pace.log_every == 0 or step == self.pace.total_steps
+
+    def read(self, state: TrainState) -> None:
+        """Wait for the gathered steps, and report when it is due.
+
+        NonFiniteError when one was not finite; `state` is then put back to before it, where the weights still are.
+        """
+        if not self._pending:
             return
+        steps, self._pending = self._pending, []
+        numbers = torch.stack([step.reading.values[:2] for step in steps]).tolist()
+        for step, (loss, norm) in zip(steps, numbers, strict=True):
+            try:
+                check(loss, norm, step.reading.songs)
+            except NonFiniteError:
+                state.go_back_to(step.before)
+                raise
+            state.epoch_loss_sum += loss
+            state.epoch_steps += 1
+            self._losses.append(loss)
+        self._read += steps
+        if self.is_due(steps[-1].before.step + 1):
+            self._report(self._read, self._losses, numbers[-1][1])
+            self._read, self._losses = [], []
+
+    def _report(self, steps: list[PendingStep], losses: list[float], grad_norm: float) -> None:
         now = time.monotonic()
+        last = steps[-1].before
         self.emit(
             Metrics(
-                step=step,
-                epoch=epoch,
-                loss=sum(self._losses) / len(self._losses),
-                lr=lr,
-                grad_norm=result.grad_norm,
-                steps_per_second=len(self._losses) / max(now - self._since, 1e-9),
+                step=last.step + 1,
+                epoch=last.epoch + 1,
+                loss=sum(losses) / len(losses),
+                lr=steps[-1].lr,
+                grad_norm=grad_norm,
+                steps_per_second=len(steps) / max(now - self._since, 1e-9),
                 memory_gib=memory_gib(self.device),
             )
         )
-        self.emit(TimestepsDrawn(step=step, timesteps=tuple(self._timesteps)))
-        self._losses, self._timesteps, self._since = [], [], now
+        self._since = now
+        drawn = [t for step in steps for t in step.timesteps]
+        self.emit(TimestepsDrawn(step=last.step + 1, timesteps=tuple(drawn)))
+        for step in steps:
+            if step.reading.has_modules:
+                norms = dict(zip(step.modules, step.reading.values[2:].tolist(), strict=True))
+                self.emit(LayerGradients(step=step.before.step + 1, norms=norms))
 
 
 def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:

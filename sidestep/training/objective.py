@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sidestep.training.timesteps import Sampler
 
@@ -59,6 +59,10 @@ class Task:
     timesteps_B: Tensor
     is_dropped_B: Tensor
 
+    def parts(self) -> tuple[Tensor | None, ...]:
+        """Return the tensors in the order of their declaration."""
+        return tuple(getattr(self, name) for name in self.__slots__)
+
     def to(self, device: torch.device) -> "Task":
         """Return the task on another device; copies from pinned memory do not block."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -67,16 +71,15 @@ class Task:
         """Return the task in pinned memory; called by torch's DataLoader."""
         return self._map(Tensor.pin_memory)
 
+    def copy_(self, other: "Task") -> None:
+        """Take over the numbers of a task of the same shapes, in place."""
+        for mine, theirs in zip(self.parts(), other.parts(), strict=True):
+            if mine is not None and theirs is not None:
+                mine.copy_(theirs, non_blocking=True)
+
     def _map(self, move: Callable[[Tensor], Tensor]) -> "Task":
-        return Task(
-            latents_BTC=move(self.latents_BTC),
-            context_BTC=move(self.context_BTC),
-            condition_BLD=move(self.condition_BLD),
-            rows_BL=None if self.rows_BL is None else move(self.rows_BL),
-            noise_BTC=move(self.noise_BTC),
-            timesteps_B=move(self.timesteps_B),
-            is_dropped_B=move(self.is_dropped_B),
-        )
+        moved = [None if tensor is None else move(tensor) for tensor in self.parts()]
+        return Task(*moved)  # pyright: ignore[reportArgumentType]  Only rows_BL can be None, and stays where it is.
 
 
 def drop_conditions(condition_BLD: Tensor, null_condition: Tensor, is_dropped_B: Tensor) -> Tensor:
@@ -84,24 +87,10 @@ def drop_conditions(condition_BLD: Tensor, null_condition: Tensor, is_dropped_B:
     return torch.where(is_dropped_B[:, None, None], null_condition.expand_as(condition_BLD), condition_BLD)
 
 
-def predict_velocity(decoder: nn.Module, task: Task, null_condition: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """Return the decoder's velocity [B, T, C] for a task, in `dtype`.
-
-    x_t = t x_1 + (1 - t) x_0 is formed in float32 and cast once. The timestep is cast to `dtype` before it enters the
-    model: the original's sinusoid is computed from the rounded timestep in training and at inference.
-    """
+def noisy_latents(task: Task) -> Tensor:
+    """Return x_t = t x_1 + (1 - t) x_0, [B, T, C] float32."""
     t_B11 = task.timesteps_B[:, None, None]
-    noisy_BTC = t_B11 * task.noise_BTC + (1 - t_B11) * task.latents_BTC
-    timesteps_B = task.timesteps_B.to(dtype)
-    condition_BLD = drop_conditions(task.condition_BLD.to(dtype), null_condition, task.is_dropped_B)
-    return decoder(
-        hidden_states=noisy_BTC.to(dtype),
-        timestep=timesteps_B,
-        timestep_r=timesteps_B,
-        encoder_hidden_states=condition_BLD,
-        context_latents=task.context_BTC.to(dtype),
-        return_dict=False,
-    )[0]
+    return t_B11 * task.noise_BTC + (1 - t_B11) * task.latents_BTC
 
 
 def flow_matching_losses(velocity_BTC: Tensor, task: Task) -> Tensor:

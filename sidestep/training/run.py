@@ -49,7 +49,9 @@ def _started(run: Run) -> RunStarted:
     parameters = sum(parameter.numel() for parameter in run.adapter.parameters.values())
     passes = config.batch_size * config.gradient_accumulation
     facts = {
-        "Model": f"{run.checkpoint.variant} ({run.stepper.dtype}, {run.stepper.device})".replace("torch.", ""),
+        "Model": f"{run.checkpoint.variant} ({run.stepper.model.dtype}, {run.stepper.model.device})".replace(
+            "torch.", ""
+        ),
         "Songs": f"{len(plan.songs)} ({minutes:.1f} min)" + (f", {len(run.held_out)} held out" if run.held_out else ""),
         "Adapter": f"{config.adapter_type}, rank {config.rank}, {len(run.adapter.modules)} modules, "
         f"{parameters / 1e6:.2f} M parameters",
@@ -77,7 +79,7 @@ def _after_epoch(run: Run, emit: Emit) -> bool:
 
 def _validate(run: Run, emit: Emit) -> None:
     state = run.state
-    found = held_out_loss(run.stepper, run.held_out, run.law)
+    found = held_out_loss(run.stepper.model, run.held_out, run.law)
     # The untrained model's loss is a reading to compare with, not a result to keep.
     is_best = state.step > 0 and found.mean < state.best_loss
     if is_best:
@@ -146,7 +148,7 @@ def _saving_on_failure(run: Run, emit: Emit) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         _keep(run, emit)
-        raise RunError(f"The {run.stepper.device.type} device is out of memory.", hint=_smaller(run)) from error
+        raise RunError(f"The {run.stepper.model.device.type} device is out of memory.", hint=_smaller(run)) from error
     except (NonFiniteError, DataError):
         _keep(run, emit)
         raise

@@ -1,110 +1,110 @@
-"""One optimizer step: forward, backward, check, clip, update."""
+"""One optimizer step: passes over its batches, the check, the clip, the update."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from sidestep.errors import NonFiniteError
-from sidestep.model.attention import MaskedCrossAttention
-from sidestep.model.device import autocast
 from sidestep.training.batches import Batch
-from sidestep.training.objective import flow_matching_losses, predict_velocity
-
-Weighting = Callable[[Tensor], Tensor]
+from sidestep.training.passes import Model, Passes, module_of
 
 
 @dataclass(frozen=True, slots=True)
-class StepResult:
-    """What a step found: the mean loss, the gradient norm before clipping, and on demand that of each module."""
+class StepReading:
+    """What a step found, still on the device: mean loss, gradient norm before clipping, and on demand each module's."""
 
-    loss: float
-    grad_norm: float
-    module_norms: Mapping[str, float]
+    values: Tensor
+    songs: tuple[str, ...]
+    has_modules: bool
 
 
 @dataclass(slots=True, kw_only=True)
 class Stepper:
-    """Makes optimizer steps of batches. Owns no position and no schedule."""
+    """Makes optimizer steps of batches. Owns no position and no schedule.
 
-    decoder: nn.Module
-    cross_attention: MaskedCrossAttention
+    `guards_itself`: the optimizer takes a flag on the device that makes it skip (fused AdamW), so that a step need not
+    wait to know whether its numbers are finite. Once the flag is raised, every later update is skipped as well.
+    """
+
+    model: Model
+    passes: Passes
     parameters: Mapping[str, Parameter]
     modules: Sequence[str]
-    null_condition: Tensor
     optimizer: Optimizer
-    weighting: Weighting | None
     max_grad_norm: float
-    device: torch.device
-    dtype: torch.dtype
     scaler: GradScaler
+    guards_itself: bool = False
+    _not_finite: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._not_finite = torch.zeros((), device=self.model.device)
+        if self.guards_itself:
+            self.optimizer.found_inf = self._not_finite  # type: ignore[attr-defined]
+        for parameter in self.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
 
     def __call__(
         self, batches: Sequence[Batch], *, lr: float, seeds: Sequence[int], with_modules: bool = False
-    ) -> StepResult:
+    ) -> StepReading:
         """Make one step: the gradient of the mean loss over all samples of `batches`, clipped, then the update.
 
-        `seeds` fix the adapter's dropout, one a batch. NonFiniteError before any weight is touched when the loss or the
-        gradient is not finite.
+        `seeds` fix the adapter's dropout, one a batch. No weight is touched when the loss or the gradient is not
+        finite; that is raised as NonFiniteError here, or by `check` where the optimizer guards itself.
         """
-        self.optimizer.zero_grad(set_to_none=True)
+        self.passes.prepare(batches)
+        torch._foreach_zero_(self._gradients())  # pyright: ignore[reportPrivateImportUsage]
         samples = sum(len(batch.names) for batch in batches)
-        loss = torch.zeros((), device=self.device)
-        for batch, seed in zip(batches, seeds, strict=True):
-            loss += self._backward(batch, seed, share=1 / samples)
+        losses = [self.passes(batch, share=1 / samples, seed=seed) for batch, seed in zip(batches, seeds, strict=True)]
         self.scaler.unscale_(self.optimizer)
         norms = self._module_norms() if with_modules else []
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm or math.inf)
-        # The one place of a step that waits for the GPU.
-        readings = torch.stack([loss, norm, *norms]).tolist()
-        self._check(readings[0], readings[1], batches)
+        values = torch.stack([torch.stack(losses).sum(), norm, *norms])
+        reading = StepReading(values, tuple(dict.fromkeys(name for b in batches for name in b.names)), with_modules)
+        self._update(reading, lr)
+        return reading
+
+    def _update(self, reading: StepReading, lr: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+        if self.guards_itself:
+            self._not_finite.copy_(torch.maximum(self._not_finite, (~reading.values[:2].isfinite().all()).float()))
+            self.optimizer.step()
+            return
+        # The one place of a step that waits for the device.
+        loss, norm = reading.values[:2].tolist()
+        # In float16 an overflowing gradient is the scaler's business: it skips the update and scales down.
+        check(loss, 0.0 if self.scaler.is_enabled() else norm, reading.songs)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return StepResult(readings[0], readings[1], dict(zip(self.modules, readings[2:], strict=False)))
 
-    def losses(self, batch: Batch) -> Tensor:
-        """Return the loss of each sample of a batch, [B] float32, unweighted."""
-        task = batch.task.to(self.device)
-        self.cross_attention.set_rows(task.rows_BL)
-        with autocast(self.device, self.dtype):
-            velocity_BTC = predict_velocity(self.decoder, task, self.null_condition, dtype=self.dtype)
-        return flow_matching_losses(velocity_BTC, task)
-
-    def _backward(self, batch: Batch, seed: int, *, share: float) -> Tensor:
-        # Dropout draws from torch's global generators; seeding them by place in the run needs no state to restore.
-        torch.manual_seed(seed)
-        losses = self.losses(batch)
-        if self.weighting is not None:
-            losses = losses * self.weighting(batch.task.timesteps_B).to(losses)
-        loss = losses.sum() * share
-        self.scaler.scale(loss).backward()
-        return loss.detach()
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
 
     def _module_norms(self) -> list[Tensor]:
-        squares = {module: torch.zeros((), device=self.device) for module in self.modules}
+        places = {module: place for place, module in enumerate(self.modules)}
+        squares: list[list[Tensor]] = [[] for _ in self.modules]
         for name, parameter in self.parameters.items():
-            module = next((part for part in _parents(name) if part in squares), None)
+            module = module_of(name, places)
             if module is not None and parameter.grad is not None:
-                squares[module] = squares[module] + parameter.grad.square().sum()
-        return [square.sqrt() for square in squares.values()]
-
-    def _check(self, loss: float, norm: float, batches: Sequence[Batch]) -> None:
-        if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled()):
-            return  # In fp16 an overflowing gradient is the scaler's business: it skips the update and scales down.
-        songs = ", ".join(dict.fromkeys(name for batch in batches for name in batch.names))
-        raise NonFiniteError(
-            f"The {'gradient' if math.isfinite(loss) else 'loss'} is no longer a finite number (songs: {songs}).",
-            hint="The weights are as they were before this step. Try a lower --lr, or --precision bf16 or fp32.",
-        )
+                squares[places[module]].append(parameter.grad.square().sum())
+        return [torch.stack(parts).sum().sqrt() for parts in squares]
 
 
-def _parents(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:length]) for length in range(len(parts) - 1, 0, -1)]
+def check(loss: float, norm: float, songs: Sequence[str]) -> None:
+    """Raise NonFiniteError, naming the songs of the step, unless its loss and gradient norm are finite."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    raise NonFiniteError(
+        f"The {'gradient' if math.isfinite(loss) else 'loss'} is no longer a finite number "
+        f"(songs: {', '.join(songs)}).",
+        hint="The weights are as they were before this step. Try a lower --lr, or --precision bf16 or fp32.",
+    )

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from sidestep.preprocess.tensors import read_sample
-from sidestep.training.batches import Batch, Song, mix
+from sidestep.training.batches import Song, mix
 from sidestep.training.objective import Task
-from sidestep.training.step import Stepper
+from sidestep.training.passes import Model
 from sidestep.training.timesteps import Sampler
 
 STRATA = 8  # Timesteps a song: one for each eighth of the law the model was trained with.
@@ -26,32 +26,32 @@ class HeldOutLoss:
     bands: Mapping[str, float]
 
 
-def held_out_loss(stepper: Stepper, songs: Sequence[Song], law: Sampler) -> HeldOutLoss:
+def held_out_loss(model: Model, songs: Sequence[Song], law: Sampler) -> HeldOutLoss:
     """Measure the loss on `songs`, each at the mid-quantiles of the model's own law of timesteps, unweighted."""
     timesteps = law.quantiles((torch.arange(STRATA, dtype=torch.float64) + 0.5) / STRATA).float()
     per_song: list[float] = []
     per_band: dict[str, list[float]] = defaultdict(list)
-    was_training = stepper.decoder.training
-    stepper.decoder.eval()
+    was_training = model.decoder.training
+    model.decoder.eval()
     with torch.no_grad():
         for song in songs:
-            losses = [stepper.losses(_question(song, place, t)) for place, t in enumerate(timesteps)]
+            losses = [model.losses(_question(song, place, t).to(model.device)) for place, t in enumerate(timesteps)]
             values = torch.cat(losses).tolist()
             per_song.append(sum(values) / len(values))
             for t, value in zip(timesteps.tolist(), values, strict=True):
                 per_band[_band(t)].append(value)
-    stepper.decoder.train(was_training)
+    model.decoder.train(was_training)
     mean = sum(per_song) / len(per_song)
     bands = {band: sum(values) / len(values) for band, values in sorted(per_band.items())}
     return HeldOutLoss(mean, _standard_error(per_song, mean), bands)
 
 
-def _question(song: Song, place: int, timestep: torch.Tensor) -> Batch:
+def _question(song: Song, place: int, timestep: torch.Tensor) -> Task:
     sample = read_sample(song.path)
     # The song's name, not its place in the folder or the run's seed, fixes its noise.
     generator = torch.Generator().manual_seed(mix("validation", song.path.stem, place))
     latents_BTC = sample.target_latents.float()[None]
-    task = Task(
+    return Task(
         latents_BTC=latents_BTC,
         context_BTC=sample.context_latents[None],
         condition_BLD=sample.encoder_hidden_states[None],
@@ -60,7 +60,6 @@ def _question(song: Song, place: int, timestep: torch.Tensor) -> Batch:
         timesteps_B=timestep[None],
         is_dropped_B=torch.tensor([False]),
     )
-    return Batch(task, (song.path.stem,))
 
 
 def _band(timestep: float) -> str:

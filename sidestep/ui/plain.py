@@ -167,7 +167,8 @@ def sentence(event: Event) -> str:
             return f"{title}: {count(done, 'song')} in {duration(seconds)}{skips}."
         case Validated(epoch=epoch, loss=loss, standard_error=standard_error, is_best=is_best):
             best = ", the best so far" if is_best else ""
-            return f"Held-out songs after epoch {epoch}: loss {loss:.4f} (standard error {standard_error:.4f}){best}."
+            error = "" if standard_error is None else f" (standard error {standard_error:.4f})"
+            return f"Held-out songs after epoch {epoch}: loss {loss:.4f}{error}{best}."
         case CheckpointSaved(epoch=epoch, step=step, folder=folder):
             return f"Saved a checkpoint at epoch {epoch}, step {step}: {folder}"
         case AdapterSaved(folder=folder, kind=kind):

@@ -65,7 +65,9 @@ class TensorBoard:
                 bins: Any = TIMESTEP_EDGES
                 self._writer.add_histogram("timesteps", timesteps, event.step, bins=bins)
             case Validated():
-                values = {"loss": event.loss, "standard_error": event.standard_error}
+                values = {"loss": event.loss}
+                if event.standard_error is not None:
+                    values["standard_error"] = event.standard_error
                 values |= {f"bands/{band}": loss for band, loss in event.bands.items()}
                 self._scalars({f"validation/{name}": value for name, value in values.items()}, event.step)
 
