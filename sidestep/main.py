@@ -42,11 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _dispatch(typed: Typed) -> int:
     if typed.version:
         return _show_versions()
-    if typed.command is None:
-        parser().print_help()
-        return EXIT_USAGE
     globals_ = {setting.name for setting in settings_of(GlobalConfig)}
     screen = build(GlobalConfig, parse_values(GlobalConfig, {k: v for k, v in typed.values.items() if k in globals_}))
+    if typed.command is None:
+        return _wizard(screen)
     values = {name: value for name, value in typed.values.items() if name not in globals_}
     return _COMMANDS[typed.command](typed.command, values, screen)
 
@@ -74,6 +73,16 @@ def _demo(command: str, values: Mapping[str, Any], screen: GlobalConfig) -> int:
     from sidestep.config.tasks import DemoConfig
 
     return run(build(DemoConfig, parse_values(DemoConfig, values)), screen=screen)
+
+
+def _wizard(screen: GlobalConfig) -> int:
+    """Open the wizard where there is a terminal to ask on; elsewhere help is all there is."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        parser().print_help()
+        return EXIT_USAGE
+    from sidestep.commands.wizard import run
+
+    return run(screen=screen)
 
 
 def _show_versions() -> int:

@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 import tomllib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import platformdirs
@@ -12,6 +13,8 @@ from sidestep.errors import ConfigError
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 CHECKPOINT_VARIABLE = "SIDESTEP_CHECKPOINT_DIR"
+MAIN_REPOSITORY = "ACE-Step/Ace-Step1.5"  # The turbo model and the parts that all models share.
+MODEL_REPOSITORY = "ACE-Step/acestep-v15-"  # The other models, each in one of its own: base, sft, xl-turbo, ...
 
 
 def product_version() -> str:
@@ -58,8 +61,18 @@ def remember(name: str, value: str) -> None:
     """Keep one setting for the next start."""
     saved = remembered()
     if saved.get(name) != value:
-        text = json.dumps({**saved, name: value}, indent=2, ensure_ascii=False) + "\n"
-        write_text(config_folder() / "settings.json", text)
+        _write_remembered({**saved, name: value})
+
+
+def forget(names: Iterable[str]) -> None:
+    """Keep these settings no longer."""
+    gone = set(names)
+    _write_remembered({name: value for name, value in remembered().items() if name not in gone})
+
+
+def _write_remembered(saved: Mapping[str, str]) -> None:
+    text = json.dumps(saved, indent=2, ensure_ascii=False) + "\n"
+    write_text(config_folder() / "settings.json", text)
 
 
 def default_checkpoint_dir() -> Path:
@@ -76,6 +89,6 @@ def default_checkpoint_dir() -> Path:
     raise ConfigError(
         "Where are the ACE-Step checkpoints? There is no ./checkpoints folder and none was used before.",
         hint=f"Name the folder with --checkpoint-dir, or in {CHECKPOINT_VARIABLE}. To get the models:\n"
-        "  hf download ACE-Step/Ace-Step1.5 --local-dir checkpoints\n"
-        "  hf download ACE-Step/acestep-v15-base --local-dir checkpoints/acestep-v15-base",
+        f"  hf download {MAIN_REPOSITORY} --local-dir checkpoints\n"
+        f"  hf download {MODEL_REPOSITORY}base --local-dir checkpoints/acestep-v15-base",
     )

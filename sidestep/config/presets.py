@@ -45,6 +45,21 @@ def read_preset(name: str) -> dict[str, Any]:
     return parsed
 
 
+def preset_description(name: str) -> str:
+    """Return what a preset says about itself; ConfigError when its file cannot be read."""
+    return str(_read_json(preset_names()[name]).get("description", ""))
+
+
+def is_own_preset(name: str) -> bool:
+    """Say whether a preset is the user's own, and not a shipped one."""
+    return (preset_folders()[0] / f"{name}.json").is_file()
+
+
+def delete_preset(name: str) -> None:
+    """Remove a preset of the user's own; a shipped one of the same name is there again."""
+    (preset_folders()[0] / f"{name}.json").unlink(missing_ok=True)
+
+
 def save_preset(name: str, config: TrainConfig, *, description: str = "") -> Path:
     """Write the settings that differ from the defaults as a preset of the user's own."""
     stem = name.strip()

@@ -1,0 +1,191 @@
+"""How a question reaches the user: the protocol, and its form on a terminal with keys and colour."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import questionary
+from prompt_toolkit.application import Application
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent, merge_key_bindings
+from prompt_toolkit.shortcuts import CompleteStyle
+from prompt_toolkit.styles import Style
+from rich.cells import cell_len, set_cell_size
+
+from sidestep.ui.console import Console
+from sidestep.ui.paths import PathCompleter
+from sidestep.ui.questions import Choice
+from sidestep.ui.wording import one_line
+
+ESCAPE_SECONDS = 0.05  # How long Escape may turn out to be the start of an arrow key.
+SEARCHABLE = 12  # Entries from which on typing filters a list.
+MARGIN = 5  # Cells before an entry, and one free at the end.
+BACK = "back"
+
+# Only the terminal's own colours and weights: readable on light and on dark, and silent with NO_COLOR.
+STYLE = Style(
+    [
+        ("question", "bold"),
+        ("instruction", "nobold dim"),
+        ("answer", "nobold"),
+        ("pointer", "fg:ansicyan bold"),
+        ("highlighted", "bold"),
+        ("selected", "noreverse"),
+        ("text", ""),
+    ]
+)
+
+
+class GoBack(Exception):  # noqa: N818 - a signal, not an error
+    """The user wants to see the question before this one again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What is asked: a title, and a sentence that explains it."""
+
+    title: str
+    help: str = ""
+
+
+class Asker(Protocol):
+    """Asks the user. Raises GoBack, and KeyboardInterrupt when the user leaves."""
+
+    def text(self, prompt: Prompt, default: str, *, draft: str | None = None, path: str = "") -> str:
+        """Ask for a line; `draft` is what was typed and refused; `path`: "folder" or "any" where Tab completes."""
+        ...
+
+    def choose(self, prompt: Prompt, choices: Sequence[Choice], default: Any, *, can_go_back: bool = True) -> Any:
+        """Ask for one of a list and return its value."""
+        ...
+
+    def mark(self, prompt: Prompt, choices: Sequence[Choice], default: Sequence[Any]) -> tuple[Any, ...]:
+        """Ask for any of a list and return their values in the list's order."""
+        ...
+
+    def answered(self, prompt: Prompt, shown: str, remarks: Sequence[str] = ()) -> None:
+        """Leave a line that says what was answered, and remarks on it."""
+        ...
+
+    def refused(self, reason: str) -> None:
+        """Say why an answer cannot be taken; the question follows again."""
+        ...
+
+
+class KeyAsker:
+    """Asks with keys: arrows and Enter in lists, Tab in paths, Escape (or Ctrl-B) to go back, Ctrl-C to leave.
+
+    A question disappears once it is answered; one line with the answer stays.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def text(self, prompt: Prompt, default: str, *, draft: str | None = None, path: str = "") -> str:
+        """Ask for a line, with the earlier answer (or the refused one) there to be changed."""
+        completer = PathCompleter(only_folders=path == "folder") if path else None
+        lines = self._help(prompt)
+        asked = questionary.text(
+            one_line(prompt.title),
+            default=default if draft is None else draft,
+            qmark="",
+            instruction="\n".join(["", *lines, ""]) + "  ›",
+            style=STYLE,
+            completer=completer,
+            complete_while_typing=False,
+            complete_style=CompleteStyle.READLINE_LIKE,
+        )
+        return self._ask(asked.application)
+
+    def choose(self, prompt: Prompt, choices: Sequence[Choice], default: Any, *, can_go_back: bool = True) -> Any:
+        """Ask for one of a list; typing filters a long one."""
+        values = [choice.value for choice in choices]
+        entries = self._entries(choices, default if default in values else None)
+        if can_go_back:
+            entries.append(questionary.Choice("Back", value=BACK))
+        is_long = len(entries) > SEARCHABLE
+        asked = questionary.select(
+            one_line(prompt.title),
+            choices=entries,
+            default=str(values.index(default)) if default in values else None,
+            qmark="",
+            pointer="›",
+            instruction=_below(self._help(prompt, "Type to filter." if is_long else "")),
+            style=STYLE,
+            use_search_filter=is_long,
+            use_jk_keys=False,
+        )
+        answer = self._ask(asked.application, can_go_back=can_go_back)
+        if answer == BACK:
+            raise GoBack
+        return values[int(answer)]
+
+    def mark(self, prompt: Prompt, choices: Sequence[Choice], default: Sequence[Any]) -> tuple[Any, ...]:
+        """Ask for any of a list: Space marks, Enter goes on."""
+        entries = self._entries(choices, None, marked=default)
+        asked = questionary.checkbox(
+            one_line(prompt.title),
+            choices=entries,
+            qmark="",
+            pointer="›",
+            instruction=_below(self._help(prompt, "Space marks, Enter goes on.")),
+            style=STYLE,
+            use_jk_keys=False,
+        )
+        answer = self._ask(asked.application)
+        return tuple(choices[int(index)].value for index in answer)
+
+    def answered(self, prompt: Prompt, shown: str, remarks: Sequence[str] = ()) -> None:
+        """Print the answer behind its title, and the remarks below."""
+        self._console.print(f"  {one_line(prompt.title)}: {shown}" if shown else f"  {one_line(prompt.title)}: -")
+        for remark in remarks:
+            for line in self._console.wrapped(remark, indent=4):
+                self._console.print(f"    {line}", style="dim", wrap=False)
+
+    def refused(self, reason: str) -> None:
+        """Print the reason above the question, which stays."""
+        for line in self._console.wrapped(reason, indent=2):
+            self._console.print(f"  {line}", style="yellow", wrap=False)
+
+    def _help(self, prompt: Prompt, keys: str = "") -> list[str]:
+        text = " ".join(part for part in (prompt.help, keys) if part)
+        return [f"   {line}" for line in self._console.wrapped(text, indent=4)] if text else []
+
+    def _entries(self, choices: Sequence[Choice], default: Any, marked: Sequence[Any] = ()) -> list[questionary.Choice]:
+        rows = [(one_line(choice.title), one_line(choice.note)) for choice in choices]
+        column = max((cell_len(title) for title, note in rows if note), default=0) + 2
+        room = max(10, self._console.rich.width - MARGIN)
+        return [
+            questionary.Choice(_row(row, column, room), value=str(index), checked=choices[index].value in marked)
+            for index, row in enumerate(rows)
+        ]
+
+    def _ask(self, application: Application[Any], *, can_go_back: bool = True) -> Any:
+        if can_go_back:
+            added = _keys(lambda event: event.app.exit(exception=GoBack()))
+            present = application.key_bindings
+            application.key_bindings = merge_key_bindings([present, added] if present else [added])
+        application.ttimeoutlen = ESCAPE_SECONDS
+        application.erase_when_done = True
+        try:
+            return application.run()
+        except EOFError:  # Ctrl-D on an empty line.
+            raise KeyboardInterrupt from None
+
+
+def _keys(go_back: Callable[[KeyPressEvent], None]) -> KeyBindings:
+    keys = KeyBindings()
+    keys.add("escape", eager=True)(go_back)
+    keys.add("c-b", eager=True)(go_back)
+    return keys
+
+
+def _below(lines: Sequence[str]) -> str:
+    """An instruction below the title; never empty, for which questionary would put its own."""
+    return "\n".join(["", *lines]) or " "
+
+
+def _row(row: tuple[str, str], column: int, room: int) -> str:
+    """An entry and its remark in two columns, cut where the line would end."""
+    title, note = row
+    whole = title + " " * max(0, column - cell_len(title)) + note if note else title
+    return whole if cell_len(whole) <= room else set_cell_size(whole, room - 1) + "…"

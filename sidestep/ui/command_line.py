@@ -1,0 +1,55 @@
+"""The command line that does what the wizard was told, to be copied."""
+
+import os
+import shlex
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sidestep.config.settings import Setting, flag_of, settings_of, show_value
+from sidestep.config.tasks import BuildDatasetConfig
+from sidestep.config.train import TrainConfig
+
+START = ("uv", "run", "train.py")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to start: a subcommand and the values to type after it, by the names of their settings."""
+
+    command: str
+    values: Mapping[str, Any]
+
+
+def words_of(plan: Plan) -> list[str]:
+    """The words after `train.py`: the subcommand and its flags."""
+    settings = {
+        setting.name: setting for config in (TrainConfig, BuildDatasetConfig) for setting in settings_of(config)
+    }
+    flags = [_flag(settings.get(name), name, value) for name, value in plan.values.items()]
+    return [plan.command, *(word for words in flags for word in words)]
+
+
+def command_line(plan: Plan, *, is_windows: bool = os.name == "nt") -> str:
+    """The command line in one piece, quoted for the system's shell."""
+    words = [*START, *words_of(plan)]
+    return subprocess.list2cmdline(words) if is_windows else shlex.join(words)
+
+
+def word_of(value: Any) -> str:
+    """A value as one types it; a number keeps every digit it needs."""
+    if isinstance(value, float):
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)
+    return show_value(value)
+
+
+def _flag(setting: Setting | None, name: str, value: Any) -> list[str]:
+    flag = flag_of(name)
+    if isinstance(value, bool):
+        return [flag if value else f"--no-{flag[2:]}"]
+    if setting and setting.many:
+        return [flag, *map(word_of, value)]
+    word = word_of(value)
+    return [f"{flag}={word}"] if word.startswith("-") else [flag, word]

@@ -1,0 +1,65 @@
+"""What is carried over, from action to action and from start to start: folders and the model, nothing of a preset."""
+
+from pathlib import Path
+from typing import Any
+
+from sidestep.config.places import default_checkpoint_dir, forget, remember, remembered
+from sidestep.config.settings import parse_values
+from sidestep.config.train import TrainConfig
+from sidestep.errors import ConfigError
+from sidestep.ui.questions import Form
+
+CARRIED = ("checkpoint_dir", "model_variant", "dataset_dir", "output_dir", "audio_dir", "tensor_output")
+FOLDERS_THAT_EXIST = ("checkpoint_dir", "dataset_dir", "audio_dir")
+
+
+class Session:
+    """The answers that later questions suggest; kept in the user's settings file."""
+
+    def __init__(self) -> None:
+        saved = {name: value for name, value in remembered().items() if name in CARRIED}
+        saved.pop("checkpoint_dir", None)  # The environment may name another: `checkpoint_dir` looks where it must.
+        self._values = parse_values(TrainConfig, saved, source="settings.json")
+
+    def get(self, name: str) -> Any:
+        """The last answer to this question; None without one, or when its folder is gone."""
+        value = self._values.get(name)
+        if name in FOLDERS_THAT_EXIST and value is not None and not Path(value).is_dir():
+            return None
+        return value
+
+    def keep_answers(self, form: Form) -> None:
+        """Remember what an action is started with; the folder that songs are preprocessed to is what is trained on."""
+        answers = {name: form[name] for name in CARRIED if name in form}
+        if form.get("preprocess"):
+            answers["dataset_dir"] = form["tensor_output"]
+        else:
+            answers.pop("tensor_output", None)
+        if "input" in form:
+            answers["audio_dir"] = form["input"]
+        self.keep(**answers)
+
+    def keep(self, **answers: Any) -> None:
+        """Remember answers from now on, whole paths of folders."""
+        for name, value in answers.items():
+            if name in CARRIED and value is not None:
+                whole = value.absolute() if isinstance(value, Path) else value
+                self._values[name] = whole
+                remember(name, str(whole))
+
+    def forget(self) -> None:
+        """Suggest nothing of earlier answers any more, now and at the next start; the checkpoint folder stays."""
+        for name in CARRIED:
+            if name != "checkpoint_dir":
+                self._values.pop(name, None)
+        forget(name for name in CARRIED if name != "checkpoint_dir")
+
+    def checkpoint_dir(self) -> Path | None:
+        """Where the checkpoints are: as answered since the start, else where the command line would find them."""
+        if self.get("checkpoint_dir"):
+            return self.get("checkpoint_dir")
+        try:
+            found = default_checkpoint_dir()
+        except ConfigError:
+            return None
+        return found if found.is_dir() else None

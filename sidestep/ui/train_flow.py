@@ -1,0 +1,303 @@
+"""Training: the questions from a preset to the output folder, and what they come to."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sidestep.config import train as groups
+from sidestep.config.flags import COMMANDS
+from sidestep.config.presets import preset_description, preset_names, read_preset, save_preset
+from sidestep.config.recipe import RECIPE_PINS, resolve_recipe
+from sidestep.config.resolve import resolve_training
+from sidestep.config.runs import checkpoints_in
+from sidestep.config.settings import Setting, settings_of
+from sidestep.config.train import TrainConfig
+from sidestep.data.audio import find_audio
+from sidestep.errors import ConfigError, SidestepError
+from sidestep.ui.command_line import Plan, word_of
+from sidestep.ui.flow import Facts, Flow, depth_questions
+from sidestep.ui.machine import Gpu
+from sidestep.ui.model_questions import checkpoint_of, model_questions
+from sidestep.ui.paths import (
+    beside,
+    count_tensors,
+    free_name,
+    holds_songs,
+    what_is_wrong_with_data,
+    what_is_wrong_with_output,
+)
+from sidestep.ui.questions import Choice, Form, Question, question_of, title_of, typed_values
+from sidestep.ui.session import Session
+from sidestep.ui.wording import count
+
+FRESH = ""
+ORDER = (
+    groups.MODEL,
+    groups.PREPROCESSING,
+    groups.ADAPTER,
+    groups.TRAINING,
+    groups.OBJECTIVE,
+    groups.SAVING,
+    groups.LOADING,
+    groups.DEVICE,
+)
+MARKED = (groups.ADAPTER, groups.TRAINING, groups.OBJECTIVE)
+SETTINGS = {setting.name: setting for setting in settings_of(TrainConfig)}
+
+
+def train_flow(
+    session: Session,
+    *,
+    adapter_type: str | None = None,
+    preset: str = FRESH,
+    data: Path | None = None,
+    gpus: Sequence[Gpu] = (),
+) -> Flow:
+    """The flow that trains an adapter; what is known beforehand is given and, the adapter's kind aside, still asked."""
+    questions = (
+        _preset_question(preset, gpus),
+        *depth_questions(lambda form: ORDER, marked=MARKED),
+        _recipe_question(),
+        *model_questions(session),
+        _data_question(session, data),
+        *_folder_questions(session, adapter_type),
+        *_setting_questions(adapter_type),
+    )
+    return Flow(
+        title=f"Train a {_title(adapter_type)}" if adapter_type else "Train",
+        questions=questions,
+        plan=training_plan,
+        facts=training_facts,
+        problem=_problem,
+        preset=_save_preset,
+    )
+
+
+def training_plan(form: Form) -> Plan:
+    """The command and the values to type: what differs from the defaults and the preset."""
+    preset = {"preset": form["preset"]} if form["preset"] else {}
+    return Plan(form["recipe"], {**preset, **typed_values(form, layer(form))})
+
+
+def layer(form: Form) -> Mapping[str, Any]:
+    """The settings of the chosen preset; none for a fresh start."""
+    return read_preset(form["preset"]) if form["preset"] else {}
+
+
+def training_facts(form: Form) -> Facts:
+    """The recipe in a sentence, the preset, the songs and steps, and where things are written."""
+    config = _config(form)
+    checkpoint = checkpoint_of(form)
+    rows: list[tuple[str, str]] = []
+    if checkpoint:
+        recipe = resolve_recipe(config, name=form["recipe"], is_turbo=checkpoint.is_turbo)
+        rows.append(("Recipe", f"{recipe}; {_why(form, checkpoint.is_turbo)}"))
+    if form["preset"]:
+        rows.append(("Preset", form["preset"]))
+    rows.append(("Steps", _steps(form, config)))
+    if is_raw(form):
+        rows.append(("First", f"the songs in {form['data']} become tensors in {form['tensor_output']}"))
+    output = form["output_dir"]
+    rows.append(("Writes", f"the adapter, checkpoints every {count(config.save_every, 'epoch')} and logs to {output}"))
+    return rows
+
+
+def is_raw(form: Form) -> bool:
+    """Whether the data are songs that are preprocessed first."""
+    return form["data"] is not None and holds_songs(form["data"])
+
+
+def _preset_question(preset: str, gpus: Sequence[Gpu]) -> Question:
+    fitting = gpus[0].preset if gpus else ""
+
+    def choices(form: Form) -> list[Choice]:
+        found = [
+            Choice(value=name, title=name, note=_remark(name, is_fitting=name == fitting)) for name in preset_names()
+        ]
+        return [Choice(value=FRESH, title="Fresh", note="the defaults"), *found]
+
+    def check(form: Form, name: str) -> str:
+        try:
+            read_preset(name) if name else None
+        except ConfigError as error:
+            return f"{error.message} {error.hint}".strip()
+        return ""
+
+    return Question(
+        name="preset",
+        title="Start from",
+        kind="choice",
+        suggest=lambda form: preset,
+        choices=choices,
+        check=check,
+        tell=lambda form: [describe_preset(form["preset"])] if form["preset"] else [],
+    )
+
+
+def describe_preset(name: str) -> str:
+    """What a preset sets, in a line."""
+    values = read_preset(name)
+    sets = ", ".join(f"{title_of(SETTINGS[key]).lower()} {word_of(value)}" for key, value in values.items())
+    return f"Sets {sets}." if sets else "Sets nothing: all defaults."
+
+
+def _remark(name: str, *, is_fitting: bool) -> str:
+    try:
+        text = preset_description(name)
+    except ConfigError as error:
+        return error.message
+    return f"for this GPU: {text}" if is_fitting else text
+
+
+def _recipe_question() -> Question:
+    recipes = [Choice(value=c.name, title=c.name, note=c.summary) for c in COMMANDS if c.name in RECIPE_PINS]
+    return Question(
+        name="recipe",
+        title="Recipe",
+        kind="choice",
+        group=groups.OBJECTIVE,
+        ask="advanced",
+        suggest=lambda form: "fixed",
+        choices=lambda form: recipes,
+    )
+
+
+def _data_question(session: Session, data: Path | None) -> Question:
+    def remark(form: Form) -> list[str]:
+        if is_raw(form):
+            return ["Songs, not tensors yet: they are preprocessed first. Esc chooses another folder."]
+        return [f"{count(count_tensors(form['data']), 'song')}."]
+
+    return Question(
+        name="data",
+        title="Dataset",
+        kind="path",
+        group=groups.MODEL,
+        help="Folder of preprocessed tensors, or a folder of songs to preprocess first.",
+        suggest=lambda form: data or session.get("dataset_dir"),
+        parse=question_of(SETTINGS["dataset_dir"]).parse,
+        check=lambda form, folder: what_is_wrong_with_data(folder) if folder else "A dataset is needed to train.",
+        tell=remark,
+    )
+
+
+def _folder_questions(session: Session, adapter_type: str | None) -> list[Question]:
+    """Where tensors come from and go, and where the run writes: made from the one question about the dataset."""
+
+    def hidden(name: str, value: Callable[[Form], Any]) -> Question:
+        return question_of(SETTINGS[name], ask="never", suggest=value)
+
+    def output(form: Form) -> Path:
+        carried = session.get("output_dir")
+        named = f"{_stem(form['data'])}_{form['adapter_type']}" if form["data"] else f"my_{form['adapter_type']}"
+        return free_name(carried.with_name(named) if carried else Path("output") / named)
+
+    return [
+        hidden("dataset_dir", lambda form: None if is_raw(form) else form["data"]),
+        hidden("preprocess", is_raw),
+        hidden("audio_dir", lambda form: form["data"] if is_raw(form) else None),
+        question_of(
+            SETTINGS["output_dir"],
+            help=SETTINGS["output_dir"].help,
+            suggest=output,
+            check=what_is_wrong_with_run_folder,
+        ),
+        question_of(SETTINGS["run_name"]),
+        question_of(
+            SETTINGS["tensor_output"],
+            help=SETTINGS["tensor_output"].help,
+            applies=is_raw,
+            suggest=lambda form: beside(form["data"], "tensors"),
+            check=lambda form, folder: what_is_wrong_with_output(folder) if folder else "A folder is needed here.",
+        ),
+    ]
+
+
+def what_is_wrong_with_run_folder(form: Form, folder: Path | None) -> str:
+    """Why a run cannot begin in this folder; nothing when it can."""
+    if folder is None:
+        return "A folder is needed to train."
+    if checkpoints_in(folder):
+        return f"{folder} holds a run already: choose another folder, or resume that run from the menu."
+    return what_is_wrong_with_output(folder)
+
+
+def _setting_questions(adapter_type: str | None) -> list[Question]:
+    own = {"checkpoint_dir", "model_variant", "base_model", "dataset_dir", "output_dir", "run_name"}
+    own |= {"preprocess", "audio_dir", "tensor_output", "resume_from"}
+    others = [setting for setting in SETTINGS.values() if setting.name not in own]
+    return [_training_question(setting, adapter_type) for setting in sorted(others, key=_place)]
+
+
+def _place(setting: Setting) -> int:
+    return ORDER.index(setting.group)
+
+
+def _training_question(setting: Setting, adapter_type: str | None) -> Question:
+    def suggest(form: Form) -> Any:
+        return layer(form).get(setting.name, setting.default)
+
+    def applies(form: Form) -> bool:
+        return (
+            setting.name not in RECIPE_PINS[form["recipe"]]
+            and (setting.when is None or setting.when.holds(form))
+            and (setting.group != groups.PREPROCESSING or is_raw(form))
+        )
+
+    if setting.name == "alpha":
+        return question_of(setting, suggest=_suggested_alpha, applies=applies)
+    if setting.name == "adapter_type" and adapter_type:
+        return question_of(setting, ask="advanced", suggest=lambda form: adapter_type, applies=applies)
+    return question_of(setting, suggest=suggest, applies=applies)
+
+
+def _suggested_alpha(form: Form) -> float:
+    """As the layers below have it; where another rank was given, in the same proportion to it."""
+    values = {name: layer(form).get(name, SETTINGS[name].default) for name in ("rank", "alpha")}
+    return values["alpha"] * form["rank"] / values["rank"]
+
+
+def _config(form: Form) -> TrainConfig:
+    plan = training_plan(form)
+    values = {name: value for name, value in plan.values.items() if name != "preset"}
+    return resolve_training(plan.command, values, preset=form["preset"] or None).config
+
+
+def _problem(form: Form) -> SidestepError | None:
+    try:
+        _config(form)
+    except ConfigError as error:
+        return error
+    return None
+
+
+def _save_preset(form: Form, name: str) -> str:
+    return str(save_preset(name, _config(form)))
+
+
+def _why(form: Form, is_turbo: bool) -> str:
+    if form["recipe"] == "vanilla":
+        return "as the official trainer does it, for every model"
+    if form["timestep_mode"] != "auto" or form["cfg_ratio"] is not None:
+        return "as you set it"
+    return "as this model is used: in eight steps, without guidance" if is_turbo else "as this model was trained"
+
+
+def _steps(form: Form, config: TrainConfig) -> str:
+    passes = config.batch_size * config.gradient_accumulation
+    if config.max_steps:
+        return f"{config.max_steps}, by max steps"
+    songs = (len(find_audio(form["data"])) if is_raw(form) else count_tensors(form["data"])) * config.dataset_repeats
+    each = -(-songs // passes)
+    more = "; more where songs are longer than a window" if config.chunk_duration else ""
+    sum_ = f"{count(songs, 'song')} / ({config.batch_size} x {config.gradient_accumulation}), {config.epochs} epochs"
+    return f"about {each * config.epochs} ({sum_}{more})"
+
+
+def _stem(folder: Path) -> str:
+    name = folder.resolve().name
+    return name.removesuffix("_tensors") or "my"
+
+
+def _title(adapter_type: str | None) -> str:
+    return {"lora": "LoRA", "lokr": "LoKr"}.get(adapter_type or "", adapter_type or "")
