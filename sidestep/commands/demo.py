@@ -82,15 +82,15 @@ def run(config: DemoConfig, *, screen: GlobalConfig) -> int:
     quiet_libraries()
     open_log(place.folder / LOG_NAME)
     _introduce(console, place)
-    _make_toys(console, place)
-    for number, step in enumerate(commands(place), start=2):
-        code = _carry_out(console, number, step, screen)
-        if code:
-            console.print()
-            console.print(f"The demo ends here; what it made so far is in {place.folder}.")
-            return code
-    open_log(place.folder / LOG_NAME)
-    _render(console, place)
+    _title(console, 1, "A toy model and four songs")
+    from sidestep.demo.threads import one_thread
+
+    with one_thread():
+        code = _go(console, place, screen)
+    if code:
+        console.print()
+        console.print(f"The demo ends here; what it made so far is in {place.folder}.")
+        return code
     _conclude(console, place, seconds=time.monotonic() - started)
     return 0
 
@@ -193,8 +193,19 @@ def _introduce(console: Console, place: Place) -> None:
     console.print(f"All of it goes into {place.folder}. It takes about a minute.")
 
 
+def _go(console: Console, place: Place, screen: GlobalConfig) -> int:
+    """Take the steps one after the other; returns the exit code of the one that failed, else 0."""
+    _make_toys(console, place)
+    for number, step in enumerate(commands(place), start=2):
+        code = _carry_out(console, number, step, screen)
+        if code:
+            return code
+    open_log(place.folder / LOG_NAME)
+    _render(console, place)
+    return 0
+
+
 def _make_toys(console: Console, place: Place) -> None:
-    _title(console, 1, "A toy model and four songs")
     from sidestep.demo.checkpoint import build_toy_checkpoint
     from sidestep.demo.songs import write_toy_songs
 
@@ -272,8 +283,8 @@ def _render(console: Console, place: Place) -> None:
 
 
 def _real_rendering() -> Iterator[str]:
-    yield 'pipeline = AceStepPipeline.from_pretrained("ACE-Step/acestep-v15-base-diffusers")'
-    yield 'pipeline.load_lora_weights("output/my_lora/NAME_OF_THE_RUN")'
+    yield 'pipeline = AceStepPipeline.from_pretrained("THE_MODEL_IN_DIFFUSERS_LAYOUT")'
+    yield 'pipeline.load_lora_weights("output/my_lora/NAME_OF_THE_ADAPTER")'
     yield 'pipeline(prompt="...", lyrics="...", audio_duration=60).audios'
 
 
