@@ -6,16 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from sidestep.config.train import TARGET_MODULES
 from sidestep.model.loading import load_decoder
-from sidestep.training.adapters.base import target_names
+from sidestep.training.adapters.base import ATTENTION_PROJECTIONS, target_names
 from sidestep.training.adapters.files import LOKR_FILE, read_weights
 from sidestep.training.adapters.lora import attach_lora
 from sidestep.training.adapters.lycoris import LycorisAdapter, attach_lokr
 from tests.golden.reference_cases import Case, cases
 
 CPU = torch.device("cpu")
-ATTENTION = TARGET_MODULES[:4]
 
 
 def decoder_of(case: Case) -> nn.Module:
@@ -23,7 +21,7 @@ def decoder_of(case: Case) -> nn.Module:
 
 
 def targets(decoder: Any) -> list[str]:
-    return target_names(len(decoder.layers), attention_type="both", target_modules=ATTENTION)
+    return target_names(len(decoder.layers), attention_type="both", target_modules=ATTENTION_PROJECTIONS)
 
 
 def attach_default_lokr(decoder: nn.Module, *, alpha: float) -> LycorisAdapter:

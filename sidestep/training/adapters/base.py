@@ -70,8 +70,9 @@ def target_suffixes(modules: Sequence[str], decoder: nn.Module) -> list[str]:
 
 
 def _suffixes(name: str) -> list[str]:
+    """Return the projection, block and projection, and the whole name."""
     parts = name.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
+    return [".".join(parts[-1:]), ".".join(parts[-2:]), name]
 
 
 def freeze(decoder: nn.Module) -> None:

@@ -72,17 +72,20 @@ class KroneckerChange(nn.Module):
 class HadamardChange(nn.Module):
     """What LoHa adds to a linear layer's output: dW is the elementwise product of two low-rank matrices."""
 
+    scale_on_device: Tensor
+
     def __init__(self, factors: LohaModule, dropout: float) -> None:
         super().__init__()
         self.factors = factors
         self.scale = float(factors.scale)
+        self.register_buffer("scale_on_device", torch.tensor(self.scale), persistent=False)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
         """Return dW dropout(x) for inputs x [..., in] of a layer; its own weight does not matter."""
         factors = self.factors
         matrices = (factors.hada_w1_b, factors.hada_w1_a, factors.hada_w2_b, factors.hada_w2_a)
-        change = make_weight(*matrices, torch.tensor(self.scale, device=x.device))
+        change = make_weight(*matrices, self.scale_on_device)
         return functional.linear(self.dropout(x), change.to(x.dtype))
 
 
@@ -192,11 +195,13 @@ def attach_lokr(
 ) -> LycorisAdapter:
     """Put LoKr on `modules` (original names) of a frozen decoder. It changes nothing before the first step."""
     settings = {"factor": factor, "decompose_both": decompose_both, "use_tucker": use_tucker}
-    settings |= {"use_scalar": use_scalar, "weight_decompose": weight_decompose}
-    fixed = {"full_matrix": False, "bypass_mode": False, "rs_lora": False, "unbalanced_factorization": False}
+    settings |= {"weight_decompose": weight_decompose}
+    # The scalars are folded in. Told of them, LyCORIS would give modules that the file leaves out a random change.
+    fixed = {"use_scalar": False, "full_matrix": False, "bypass_mode": False, "rs_lora": False}
+    fixed |= {"unbalanced_factorization": False}
 
     def change_of(module: str, linear: nn.Module) -> KroneckerChange:
-        factors = LokrModule(_stem(module), linear, lora_dim=rank, alpha=alpha, **settings)  # pyright: ignore[reportArgumentType]
+        factors = LokrModule(_stem(module), linear, lora_dim=rank, alpha=alpha, use_scalar=use_scalar, **settings)  # pyright: ignore[reportArgumentType]
         return KroneckerChange(factors, dropout)
 
     settings_in_file = {**_sizes(rank, alpha), **settings, "target_modules": target_suffixes(modules, decoder), **fixed}
@@ -240,14 +245,15 @@ def _attach(
         for module in modules:
             linear = decoder.get_submodule(to_diffusers(module))
             changes[module] = change_of(module, linear).to(linear.get_parameter("weight").device)
-            linear.add_module("change", changes[module])
+            linear.change = changes[module]
             linear.register_forward_hook(_add_change)
     return changes
 
 
 def _add_change(linear: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-    change = linear.get_submodule("change")(inputs[0], linear.weight)
-    return output + change.to(output.dtype)
+    change: Change = linear.change  # pyright: ignore[reportAssignmentType]
+    weight: Tensor = linear.weight  # pyright: ignore[reportAssignmentType]
+    return output + change(inputs[0], weight).to(output.dtype)
 
 
 def _adapter(
