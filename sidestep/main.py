@@ -68,6 +68,14 @@ def _build_dataset(command: str, values: Mapping[str, Any], screen: GlobalConfig
         return run(config, emit=emit, console=console)
 
 
+def _export(command: str, values: Mapping[str, Any], screen: GlobalConfig) -> int:
+    from sidestep.commands.export import run
+    from sidestep.config.adapter_tasks import ExportConfig
+    from sidestep.ui.console import open_console
+
+    return run(build(ExportConfig, parse_values(ExportConfig, values)), console=open_console(plain=screen.plain))
+
+
 def _demo(command: str, values: Mapping[str, Any], screen: GlobalConfig) -> int:
     from sidestep.commands.demo import run
     from sidestep.config.tasks import DemoConfig
@@ -95,5 +103,6 @@ _COMMANDS: Mapping[str, Callable[[str, Mapping[str, Any], GlobalConfig], int]] =
     "fixed": _train,
     "vanilla": _train,
     "build-dataset": _build_dataset,
+    "export": _export,
     "demo": _demo,
 }

@@ -1,0 +1,1 @@
+"""One file a consumer: what it reads, and the proof that it means the same."""

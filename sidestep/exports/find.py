@@ -1,0 +1,58 @@
+"""Finds an adapter's weights file and what its header says; reads headers only and loads no torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sidestep.errors import ModelError
+
+PEFT_CONFIG = "adapter_config.json"
+PEFT_FILE = "adapter_model.safetensors"
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+_FILES = (PEFT_FILE, "lokr_weights.safetensors", "loha_weights.safetensors", DIFFUSERS_FILE)
+_LARGEST_HEADER = 100_000_000  # Bytes; the limit of the safetensors format.
+
+
+def find_adapter(path: Path) -> Path:
+    """Return the weights file of an adapter: `path` itself, or the one in that folder or in adapter/ below it.
+
+    ModelError when there is none, or several that could be meant.
+    """
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise ModelError(f"{path} is not a safetensors file.", hint="Give an adapter's folder or its .safetensors.")
+        return path
+    if not path.is_dir():
+        raise ModelError(f"There is no adapter {path}: no such file or folder.")
+    for folder in (path, path / "adapter"):
+        for name in _FILES:
+            if (folder / name).is_file():
+                return folder / name
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) == 1:
+        return found[0]
+    what = f"{len(found)} safetensors files" if found else "no safetensors file"
+    raise ModelError(f"{path} holds {what}.", hint="Give the file of the adapter itself.")
+
+
+def header_of(file: Path) -> dict[str, str]:
+    """Return the header's own words of a safetensors file. ModelError when it is damaged."""
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > _LARGEST_HEADER:
+                raise ModelError(f"{file} is no safetensors file.")
+            content = json.loads(stream.read(length))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read as safetensors: {error}.") from error
+    words = content.get("__metadata__", {}) if isinstance(content, dict) else {}
+    return words if isinstance(words, dict) else {}
+
+
+def origin_of(file: Path) -> dict[str, Any]:
+    """Return what our own training wrote about an adapter: `model_variant`, `decoder`, ...; empty for others'."""
+    try:
+        origin = json.loads(header_of(file).get("sidestep", "{}"))
+    except ValueError:
+        return {}
+    return origin if isinstance(origin, dict) else {}

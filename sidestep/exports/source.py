@@ -1,0 +1,193 @@
+"""Reads an adapter of any program as changes of the decoder's weights.
+
+Files are read as the program that wrote them means them. The scale of a LoRA is, in this order: its `.alpha` tensor
+over its rank (ComfyUI's files), alpha / r of the `adapter_config.json` beside a PEFT file, alpha / r of the header of a
+diffusers file, else 1.
+"""
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sidestep.errors import ModelError
+from sidestep.exports.base import BaseWeights
+from sidestep.exports.changes import Change, Hadamard, Kronecker, LowRank
+from sidestep.exports.find import PEFT_CONFIG, PEFT_FILE, find_adapter
+from sidestep.model.names import to_diffusers, to_original
+from sidestep.training.adapters.files import read_weights
+
+DIFFUSERS_HEADER = "lora_adapter_metadata"
+DIFFUSERS_PREFIX = "transformer."
+_PREFIXES = ("base_model.model.", DIFFUSERS_PREFIX, "diffusion_model.", "decoder.")
+_FLAT_PREFIXES = ("lycoris_", "lora_unet_decoder_", "lora_unet_")
+_PARTS = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up"}
+_PART = re.compile(
+    r"(?P<stem>.+)\.(?:(?P<lora>lora_A|lora_B|lora_down|lora_up)(?:\.default)?\.weight"
+    r"|(?P<magnitude>lora_magnitude_vector)(?:\.default)?(?:\.weight)?"
+    r"|(?P<other>alpha|dora_scale|bias|diff_b|lokr_\w+|hada_\w+))"
+)
+
+Group = Mapping[str, Tensor]
+Scale = Callable[[str, int], float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """An adapter as it was read: its changes by module, in the original's names."""
+
+    file: Path
+    kind: str
+    """`lora`, `dora`, `lokr` or `loha`."""
+    changes: Mapping[str, Change]
+    biases: Mapping[str, Tensor]
+    """New values of biases that were trained, by parameter name."""
+    header: Mapping[str, str]
+
+    @property
+    def rank(self) -> int:
+        """The largest rank among its LoRA factors; 0 where it has none."""
+        return max((change.rank for change in self.changes.values() if isinstance(change, LowRank)), default=0)
+
+
+def read_adapter(path: Path, base: BaseWeights) -> Source:
+    """Read an adapter's folder or file; ModelError when it is damaged, of no known kind, or of another model."""
+    file = find_adapter(path)
+    tensors, header = read_weights(file)
+    groups = _by_module(file, tensors, base)
+    scale = _scale_rule(file, header)
+    changes: dict[str, Change] = {}
+    biases: dict[str, Tensor] = {}
+    for module, group in groups.items():
+        own = dict(group)
+        if "bias" in own:
+            biases[f"{module}.bias"] = own.pop("bias").float()
+        if "diff_b" in own:
+            biases[f"{module}.bias"] = (base.tensor(f"{module}.bias") + own.pop("diff_b").double()).float()
+        if own:
+            changes[module] = _change(file, module, own, scale)
+    _check_shapes(file, changes, base)
+    return Source(file=file, kind=_kind(changes), changes=changes, biases=biases, header=header)
+
+
+def _by_module(file: Path, tensors: Mapping[str, Tensor], base: BaseWeights) -> dict[str, dict[str, Tensor]]:
+    flat = {spelling(module).replace(".", "_"): module for module in base.shapes for spelling in (str, to_diffusers)}
+    groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        match = _PART.fullmatch(name)
+        if match is None:
+            raise ModelError(f"{file} holds {name}, which belongs to no known kind of adapter.")
+        module = _module(match["stem"], flat)
+        if module not in base.shapes:
+            raise ModelError(
+                f"{file} changes {module}, which the {base.variant} model does not have.",
+                hint="Is --model-variant the model it was trained on?",
+            )
+        part = _PARTS[match["lora"]] if match["lora"] else match["magnitude"] or match["other"]
+        groups[module][part] = tensor
+    if not groups:
+        raise ModelError(f"{file} holds no tensors.")
+    return groups
+
+
+def _module(stem: str, flat: Mapping[str, str]) -> str:
+    for prefix in _FLAT_PREFIXES:
+        if stem.startswith(prefix):
+            return flat.get(stem.removeprefix(prefix), stem)
+    # Some trainers wrote their prefix twice.
+    while stem.startswith(_PREFIXES):
+        stem = next(stem.removeprefix(prefix) for prefix in _PREFIXES if stem.startswith(prefix))
+    return to_original(stem)
+
+
+def _change(file: Path, module: str, group: Group, scale: Scale) -> Change:
+    parts = set(group) - {"alpha", "dora_scale", "lora_magnitude_vector"}
+    magnitude = group.get("lora_magnitude_vector", group.get("dora_scale"))
+    if magnitude is not None:
+        if magnitude.ndim > 1 and magnitude.shape[0] == 1:
+            raise ModelError(f"{file} has its magnitudes on the inputs of {module}, which is not read.")
+        magnitude = magnitude.float().flatten()
+    if parts == {"down", "up"}:
+        rank = group["down"].shape[0]
+        factor = float(group["alpha"]) / rank if "alpha" in group else scale(module, rank)
+        return LowRank(group["down"].float(), group["up"].float() * factor, magnitude)
+    if parts == {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}:
+        first = group["hada_w1_a"].float() * _lycoris_scale(group, "hada_w1_b")
+        others = (group[name].float() for name in ("hada_w1_b", "hada_w2_a", "hada_w2_b"))
+        return Hadamard(first, *others, magnitude=magnitude)
+    if parts in _LOKR_PARTS:
+        factor = _lycoris_scale(group, "lokr_w1_b" if "lokr_w1_b" in group else "lokr_w2_b")
+        first = group["lokr_w1"] if "lokr_w1" in group else group["lokr_w1_a"].float() @ group["lokr_w1_b"].float()
+        second = ("lokr_w2",) if "lokr_w2" in group else ("lokr_w2_a", "lokr_w2_b")
+        return Kronecker(first.float() * factor, tuple(group[name].float() for name in second), magnitude)
+    raise ModelError(f"{file} holds {', '.join(sorted(group))} for {module}, which is no whole adapter.")
+
+
+_LOKR_PARTS = [
+    {*first, *second}
+    for first in (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
+    for second in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))
+]
+
+
+def _lycoris_scale(group: Group, ranked: str) -> float:
+    """Return alpha / rank; 1 where no factor is a product of two matrices or no alpha is stated, as in LyCORIS."""
+    return float(group["alpha"]) / group[ranked].shape[0] if ranked in group and "alpha" in group else 1.0
+
+
+def _scale_rule(file: Path, header: Mapping[str, str]) -> Scale:
+    """Return how the scale of a LoRA without `.alpha` tensors follows from its module and rank."""
+    if file.name == PEFT_FILE and (file.parent / PEFT_CONFIG).is_file():
+        settings = _json(file.parent / PEFT_CONFIG, (file.parent / PEFT_CONFIG).read_text(encoding="utf-8"))
+        return lambda module, rank: _stated_scale(settings, module, rank)
+    if DIFFUSERS_HEADER in header:
+        stated = _json(file, header[DIFFUSERS_HEADER])
+        settings = {key.removeprefix(DIFFUSERS_PREFIX): value for key, value in stated.items()}
+        return lambda module, rank: _stated_scale(settings, to_diffusers(module), rank)
+    return lambda module, rank: 1.0
+
+
+def _json(file: Path, text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ModelError(f"{file} is not valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{file} does not describe a LoRA.")
+    return content
+
+
+def _stated_scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
+    """Return alpha / r as PEFT applies it; its patterns match the end of a module's name."""
+    alpha = settings.get("lora_alpha", rank)
+    for pattern, value in (settings.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = value
+            break
+    return alpha / rank**0.5 if settings.get("use_rslora") else alpha / rank
+
+
+def _check_shapes(file: Path, changes: Mapping[str, Change], base: BaseWeights) -> None:
+    for module, change in changes.items():
+        shape = base.shapes[module]
+        magnitudes = change.magnitude.numel() if change.magnitude is not None else shape[0]
+        if change.size != (shape[0], math.prod(shape[1:])) or magnitudes != shape[0]:
+            raise ModelError(
+                f"{file} does not fit the {base.variant} model: {module} is {' x '.join(map(str, shape))} there, "
+                f"and the adapter changes {change.size[0]} x {change.size[1]}.",
+                hint="Is --model-variant the model it was trained on?",
+            )
+
+
+def _kind(changes: Mapping[str, Change]) -> str:
+    if any(isinstance(change, Kronecker) for change in changes.values()):
+        return "lokr"
+    if any(isinstance(change, Hadamard) for change in changes.values()):
+        return "loha"
+    return "dora" if any(change.magnitude is not None for change in changes.values()) else "lora"
