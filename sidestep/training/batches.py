@@ -10,6 +10,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from sidestep.training.objective import Task
 from sidestep.training.timesteps import Sampler
 
 CROP_LIMIT = FRAMES_PER_SECOND  # Songs that differ by less than a second may share a batch, cropped to the shortest.
+GRACE_SECONDS = 30  # How long a reading process outlives SIGTERM: the main one finishes its step and saves.
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +253,13 @@ def _leave_signals_to_the_main_process(worker: int) -> None:
     # Ctrl-C and a job manager's SIGTERM reach every process of the group; a worker that dies of one, or that runs the
     # handler it was forked with, takes the step down that is to be finished.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):  # Windows has none, and sends no SIGTERM.
+        signal.signal(signal.SIGTERM, _stay_a_little)
+
+
+def _stay_a_little(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.alarm(GRACE_SECONDS)
 
 
 @dataclass(slots=True)
