@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sidestep.config import train as groups
 from sidestep.config.resolve import resolve_training
 from sidestep.config.runs import checkpoints_in
 from sidestep.config.settings import Setting, settings_of
@@ -92,7 +91,8 @@ def _what_may_change(form: Form) -> list[str]:
 
 
 def _setting_questions() -> list[Question]:
-    return [_question(setting) for setting in _settings() if _may_change(setting)]
+    """A question for every setting: what may not change is never asked, and what depends on it can look there."""
+    return [_question(setting) for setting in _settings()]
 
 
 def _question(setting: Setting) -> Question:
@@ -104,7 +104,7 @@ def _question(setting: Setting) -> Question:
         is_over = setting.name == "epochs" and value <= run.epoch and not run.settings["max_steps"]
         return run.epoch + value if is_over else value
 
-    changes: dict[str, Any] = {"suggest": suggest, "ask": "advanced"}
+    changes: dict[str, Any] = {"suggest": suggest, "ask": "advanced" if _may_change(setting) else "never"}
     if setting.name == "epochs":
         changes |= {"ask": "basic", "check": _what_is_wrong_with_epochs}
     if setting.name in _CHECKS:
@@ -115,13 +115,13 @@ def _question(setting: Setting) -> Question:
 
 def _may_change(setting: Setting) -> bool:
     """Whether a resumed run may have another value; where it writes is the run's own folder."""
-    return setting.on_resume == "free" and setting.ask != "never" and setting.name not in _OF_THE_RUN
-
-
-_OF_THE_RUN = (
-    "output_dir",
-    *(setting.name for setting in settings_of(TrainConfig) if setting.group == groups.PREPROCESSING),
-)
+    (preprocessing,) = {each.group for each in _settings() if each.name == "preprocess"}
+    return (
+        setting.on_resume == "free"
+        and setting.ask != "never"
+        and setting.name != "output_dir"
+        and setting.group != preprocessing
+    )
 
 
 def _settings() -> Sequence[Setting]:

@@ -1,5 +1,6 @@
 """What is carried over, from action to action and from start to start: folders and the model, nothing of a preset."""
 
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ class Session:
     def __init__(self) -> None:
         saved = {name: value for name, value in remembered().items() if name in CARRIED}
         saved.pop("checkpoint_dir", None)  # The environment may name another: `checkpoint_dir` looks where it must.
-        self._values = parse_values(TrainConfig, saved, source="settings.json")
+        self._values: dict[str, Any] = parse_values(TrainConfig, saved, source="settings.json")
 
     def get(self, name: str) -> Any:
         """The last answer to this question; None without one, or when its folder is gone."""
@@ -27,6 +28,12 @@ class Session:
         if name in FOLDERS_THAT_EXIST and value is not None and not Path(value).is_dir():
             return None
         return value
+
+    def as_it_is(self) -> "Session":
+        """A copy that stays as it is now, so that what a form suggests does not change under the user."""
+        copied = copy(self)
+        copied._values = {**self._values, "checkpoint_dir": self.checkpoint_dir()}
+        return copied
 
     def keep_answers(self, form: Form) -> None:
         """Remember what an action is started with; the folder that songs are preprocessed to is what is trained on."""

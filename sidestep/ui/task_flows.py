@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from sidestep.config import train as groups
 from sidestep.config.resolve import resolve_training
 from sidestep.config.settings import settings_of
 from sidestep.config.tasks import BuildDatasetConfig
@@ -19,13 +18,14 @@ from sidestep.ui.questions import Form, Question, question_of, typed_values
 from sidestep.ui.session import Session
 from sidestep.ui.wording import count
 
-PREPROCESS_ORDER = (groups.PREPROCESSING, groups.DEVICE, groups.TRAINING)
-OF_TRAINING = ("offload_encoder",)
+SETTINGS = {setting.name: setting for setting in settings_of(TrainConfig)}
+PREPROCESSING, DEVICE = (SETTINGS[name].group for name in ("preprocess", "device"))
 OWN = ("preprocess", "audio_dir", "tensor_output", "dataset_json")
 
 
 def build_dataset_flow(session: Session) -> Flow:
     """The flow that writes dataset.json for a folder of songs."""
+    session = session.as_it_is()
     changes: dict[str, dict[str, Any]] = {
         "input": {
             "title": "Songs",
@@ -49,6 +49,7 @@ def build_dataset_flow(session: Session) -> Flow:
 
 def preprocess_flow(session: Session, *, audio: Path | None = None, dataset_json: Path | None = None) -> Flow:
     """The flow that turns songs into tensors."""
+    session = session.as_it_is()
     return Flow(
         title="Preprocess audio",
         questions=(*model_questions(session), *_preprocess_questions(session, audio, dataset_json)),
@@ -59,38 +60,30 @@ def preprocess_flow(session: Session, *, audio: Path | None = None, dataset_json
 
 
 def _preprocess_questions(session: Session, audio: Path | None, dataset_json: Path | None) -> list[Question]:
-    settings = {setting.name: setting for setting in settings_of(TrainConfig)}
-    others = [
-        setting
-        for setting in settings.values()
-        if setting.group in PREPROCESS_ORDER and (setting.group != groups.TRAINING or setting.name in OF_TRAINING)
-    ]
+    others = [setting for setting in SETTINGS.values() if setting.group == PREPROCESSING and setting.name not in OWN]
+    others += [setting for setting in SETTINGS.values() if setting.group == DEVICE]
 
     def tensors(form: Form) -> Path | None:
         return beside(form["audio_dir"], "tensors") if form["audio_dir"] else None
 
     return [
-        question_of(settings["preprocess"], ask="never", suggest=lambda form: True),
+        question_of(SETTINGS["preprocess"], ask="never", suggest=lambda form: True),
         question_of(
-            settings["audio_dir"],
+            SETTINGS["audio_dir"],
             title="Songs",
-            help=settings["audio_dir"].help,
+            help=SETTINGS["audio_dir"].help,
             suggest=lambda form: audio or session.get("audio_dir"),
             check=_what_is_wrong_with_songs,
             tell=lambda form: [f"{count(len(find_audio(form['audio_dir'])), 'song')}."],
         ),
-        question_of(settings["dataset_json"], suggest=lambda form: dataset_json, check=_what_is_wrong_with_file),
+        question_of(SETTINGS["dataset_json"], suggest=lambda form: dataset_json, check=_what_is_wrong_with_file),
         question_of(
-            settings["tensor_output"],
-            help=f"{settings['tensor_output'].help} Songs that are there already and unchanged are not done again.",
+            SETTINGS["tensor_output"],
+            help=f"{SETTINGS['tensor_output'].help} Songs that are there already and unchanged are not done again.",
             suggest=tensors,
             check=lambda form, folder: what_is_wrong_with_output(folder) if folder else "A folder is needed here.",
         ),
-        *(
-            question_of(setting)
-            for setting in sorted(others, key=lambda setting: PREPROCESS_ORDER.index(setting.group))
-            if setting.name not in OWN
-        ),
+        *(question_of(setting) for setting in [*others, SETTINGS["offload_encoder"]]),
     ]
 
 

@@ -1,12 +1,12 @@
 """Training: the questions from a preset to the output folder, and what they come to."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sidestep.config import train as groups
 from sidestep.config.flags import COMMANDS
-from sidestep.config.presets import preset_description, preset_names, read_preset, save_preset
+from sidestep.config.presets import is_own_preset, preset_description, preset_names, read_preset, save_preset
 from sidestep.config.recipe import RECIPE_PINS, resolve_recipe
 from sidestep.config.resolve import resolve_training
 from sidestep.config.runs import checkpoints_in
@@ -31,18 +31,19 @@ from sidestep.ui.session import Session
 from sidestep.ui.wording import count
 
 FRESH = ""
-ORDER = (
-    groups.MODEL,
-    groups.PREPROCESSING,
-    groups.ADAPTER,
-    groups.TRAINING,
-    groups.OBJECTIVE,
-    groups.SAVING,
-    groups.LOADING,
-    groups.DEVICE,
-)
-MARKED = (groups.ADAPTER, groups.TRAINING, groups.OBJECTIVE)
+RECOMMENDED = "recommended"
 SETTINGS = {setting.name: setting for setting in settings_of(TrainConfig)}
+MODEL, PREPROCESSING, ADAPTER, TRAINING, OBJECTIVE, DEVICE = (
+    SETTINGS[name].group for name in ("dataset_dir", "preprocess", "rank", "epochs", "loss_weighting", "device")
+)
+MARKED = (ADAPTER, TRAINING, OBJECTIVE)
+# As declared, but what happens first is asked first, and the device, which is found by itself, last.
+ORDER = (
+    MODEL,
+    PREPROCESSING,
+    *dict.fromkeys(s.group for s in SETTINGS.values() if s.group not in (MODEL, PREPROCESSING, DEVICE)),
+    DEVICE,
+)
 
 
 def train_flow(
@@ -54,13 +55,14 @@ def train_flow(
     gpus: Sequence[Gpu] = (),
 ) -> Flow:
     """The flow that trains an adapter; what is known beforehand is given and, the adapter's kind aside, still asked."""
+    session = session.as_it_is()
     questions = (
         _preset_question(preset, gpus),
         *depth_questions(lambda form: ORDER, marked=MARKED),
         _recipe_question(),
         *model_questions(session),
         _data_question(session, data),
-        *_folder_questions(session, adapter_type),
+        *_folder_questions(session),
         *_setting_questions(adapter_type),
     )
     return Flow(
@@ -111,9 +113,8 @@ def _preset_question(preset: str, gpus: Sequence[Gpu]) -> Question:
     fitting = gpus[0].preset if gpus else ""
 
     def choices(form: Form) -> list[Choice]:
-        found = [
-            Choice(value=name, title=name, note=_remark(name, is_fitting=name == fitting)) for name in preset_names()
-        ]
+        names = sorted(preset_names(), key=lambda name: _rank(name, fitting))
+        found = [Choice(value=name, title=name, note=_remark(name, is_fitting=name == fitting)) for name in names]
         return [Choice(value=FRESH, title="Fresh", note="the defaults"), *found]
 
     def check(form: Form, name: str) -> str:
@@ -141,6 +142,11 @@ def describe_preset(name: str) -> str:
     return f"Sets {sets}." if sets else "Sets nothing: all defaults."
 
 
+def _rank(name: str, fitting: str) -> tuple[bool, bool, bool, str]:
+    """The order of presets: the one for this GPU, the user's own, the recommended one, the others by name."""
+    return name != fitting, not is_own_preset(name), name != RECOMMENDED, name
+
+
 def _remark(name: str, *, is_fitting: bool) -> str:
     try:
         text = preset_description(name)
@@ -155,7 +161,7 @@ def _recipe_question() -> Question:
         name="recipe",
         title="Recipe",
         kind="choice",
-        group=groups.OBJECTIVE,
+        group=OBJECTIVE,
         ask="advanced",
         suggest=lambda form: "fixed",
         choices=lambda form: recipes,
@@ -172,7 +178,7 @@ def _data_question(session: Session, data: Path | None) -> Question:
         name="data",
         title="Dataset",
         kind="path",
-        group=groups.MODEL,
+        group=MODEL,
         help="Folder of preprocessed tensors, or a folder of songs to preprocess first.",
         suggest=lambda form: data or session.get("dataset_dir"),
         parse=question_of(SETTINGS["dataset_dir"]).parse,
@@ -181,16 +187,19 @@ def _data_question(session: Session, data: Path | None) -> Question:
     )
 
 
-def _folder_questions(session: Session, adapter_type: str | None) -> list[Question]:
+def _folder_questions(session: Session) -> list[Question]:
     """Where tensors come from and go, and where the run writes: made from the one question about the dataset."""
 
     def hidden(name: str, value: Callable[[Form], Any]) -> Question:
         return question_of(SETTINGS[name], ask="never", suggest=value)
 
+    # Found once: a run that fails leaves its folder behind, and the same one is right for the next try.
+    free = cache(free_name)
+
     def output(form: Form) -> Path:
         carried = session.get("output_dir")
         named = f"{_stem(form['data'])}_{form['adapter_type']}" if form["data"] else f"my_{form['adapter_type']}"
-        return free_name(carried.with_name(named) if carried else Path("output") / named)
+        return free(carried.with_name(named) if carried else Path("output") / named)
 
     return [
         hidden("dataset_dir", lambda form: None if is_raw(form) else form["data"]),
@@ -241,7 +250,7 @@ def _training_question(setting: Setting, adapter_type: str | None) -> Question:
         return (
             setting.name not in RECIPE_PINS[form["recipe"]]
             and (setting.when is None or setting.when.holds(form))
-            and (setting.group != groups.PREPROCESSING or is_raw(form))
+            and (setting.group != PREPROCESSING or is_raw(form))
         )
 
     if setting.name == "alpha":

@@ -1,0 +1,164 @@
+"""Presets: the shipped ones are sound, the user's own win, and no mistake in one goes unnoticed."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from sidestep.config.presets import (
+    SHIPPED,
+    delete_preset,
+    is_own_preset,
+    preset_description,
+    preset_folders,
+    preset_names,
+    read_preset,
+    read_run_config,
+    run_config_text,
+    save_preset,
+)
+from sidestep.config.resolve import resolve_training
+from sidestep.config.settings import settings_of
+from sidestep.config.train import TrainConfig
+from sidestep.errors import ConfigError
+from sidestep.ui.machine import PRESETS_BY_MEMORY
+
+PROMISED = {
+    "recommended", "high_quality", "quick_test", "vram_24gb_plus", "vram_16gb", "vram_12gb", "vram_10gb", "vram_8gb",
+}  # fmt: skip
+FOLDERS = {"dataset_dir": "tensors", "output_dir": "out"}
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A settings folder of the test's own; returns where the user's presets are."""
+    for variable in ("XDG_CONFIG_HOME", "APPDATA", "HOME"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    folder = preset_folders()[0]
+    folder.mkdir(parents=True)
+    return folder
+
+
+def config(**values: object) -> TrainConfig:
+    return resolve_training("fixed", {**FOLDERS, **values}).config
+
+
+def write(folder: Path, name: str, content: object) -> None:
+    (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_the_promised_presets_are_shipped():
+    assert {path.stem for path in SHIPPED.glob("*.json")} >= PROMISED
+    assert {name for _, name in PRESETS_BY_MEMORY} <= PROMISED
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.json")))
+def test_a_shipped_preset_is_sound(name: str):
+    values = read_preset(name)
+    preset = resolve_training("fixed", FOLDERS, preset=name).config
+    assert {key: getattr(preset, key) for key in values} == values
+    assert preset.alpha == 2 * preset.rank
+    assert preset.epochs % preset.save_every == 0
+    description = preset_description(name)
+    assert description.endswith(".") and len(description) <= 60
+    assert json.loads((SHIPPED / f"{name}.json").read_text(encoding="utf-8"))["name"] == name
+
+
+def test_less_memory_never_asks_for_more():
+    presets = [resolve_training("fixed", FOLDERS, preset=name).config for _, name in PRESETS_BY_MEMORY]
+    for larger, smaller in pairwise(presets):
+        assert smaller.rank <= larger.rank and smaller.batch_size <= larger.batch_size
+        assert smaller.offload_encoder >= larger.offload_encoder
+    assert all(preset.gradient_checkpointing for preset in presets)
+
+
+def test_a_preset_is_saved_and_read_again_with_what_differs_from_the_defaults():
+    path = save_preset(
+        "夜の歌", config(rank=24, target_modules=("q_proj", "down_proj"), learning_rate=3e-4, use_rslora=True)
+    )
+    assert path.parent == preset_folders()[0]
+    expected = {"rank": 24, "target_modules": ("q_proj", "down_proj"), "learning_rate": 3e-4, "use_rslora": True}
+    assert read_preset("夜の歌") == expected
+    assert resolve_training("fixed", FOLDERS, preset="夜の歌").config == config(**expected)
+
+
+def test_folders_and_devices_are_no_part_of_a_saved_preset():
+    save_preset("mine", config(device="cpu", precision="fp32", checkpoint_dir="models", audio_dir="songs"))
+    assert read_preset("mine") == {}
+
+
+def test_flags_win_over_the_preset_and_the_preset_over_the_defaults(own_folder: Path):
+    write(own_folder, "mine", {"rank": 24, "epochs": 7})
+    resolved = resolve_training("fixed", {**FOLDERS, "epochs": "9"}, preset="mine").config
+    assert (resolved.rank, resolved.epochs, resolved.alpha) == (24, 9, 128.0)
+
+
+def test_the_recipes_pins_win_over_the_preset(own_folder: Path):
+    write(own_folder, "mine", {"cfg_ratio": 0.5, "timestep_mode": "continuous"})
+    resolved = resolve_training("vanilla", FOLDERS, preset="mine").config
+    assert (resolved.cfg_ratio, resolved.timestep_mode) == (0.0, "discrete")
+
+
+def test_the_users_own_preset_wins_over_a_shipped_one_until_it_is_deleted(own_folder: Path):
+    shipped = read_preset("recommended")
+    write(own_folder, "recommended", {"description": "Mine.", "rank": 5})
+    assert read_preset("recommended") == {"rank": 5}
+    assert preset_description("recommended") == "Mine."
+    assert is_own_preset("recommended") and not is_own_preset("quick_test")
+    delete_preset("recommended")
+    assert read_preset("recommended") == shipped
+    delete_preset("quick_test")
+    assert "quick_test" in preset_names()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"rnk": 8}, "Preset mine: There is no setting 'rnk' (did you mean rank?)."),
+        ({"rank": 0}, "--rank takes a whole number from 1 to 4096, not 0."),
+        ({"rank": "many"}, "--rank takes"),
+        ({"rank": True}, "--rank takes"),
+        ({"rank": [8]}, "--rank takes"),
+        ({"adapter_type": "lorra"}, "(did you mean lora?)"),
+        ({"target_modules": ["q_porj"]}, "(did you mean q_proj?)"),
+        ({"target_modules": []}, "--target-modules takes"),
+        ({"output_dir": "there"}, "output_dir cannot be part of a preset."),
+        ({"rank": 0, "epochs": -1}, "--epochs takes"),
+        ([1], "does not hold settings"),
+    ],
+)
+def test_a_mistake_in_a_preset_is_an_error_that_names_it(own_folder: Path, content: object, message: str):
+    write(own_folder, "mine", content)
+    with pytest.raises(ConfigError) as caught:
+        read_preset("mine")
+    assert message in f"{caught.value.message} {caught.value.hint}"
+
+
+@pytest.mark.parametrize("text", ["{", '{"rank": 1e999}', "\udcff".encode("utf-8", "surrogatepass").decode("latin-1")])
+def test_a_damaged_preset_is_an_error(own_folder: Path, text: str):
+    (own_folder / "mine.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError):
+        read_preset("mine")
+
+
+def test_an_unknown_preset_lists_those_there_are():
+    with pytest.raises(ConfigError) as caught:
+        read_preset("recomended")
+    assert "recommended" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["", " ", "a/b", "..", "a\\b", "nul", "x:y", "."])
+def test_a_name_that_no_file_can_have_is_refused(name: str):
+    with pytest.raises(ConfigError, match="cannot be the name of a preset"):
+        save_preset(name, config())
+
+
+def test_a_runs_config_is_read_back_as_it_was(tmp_path: Path):
+    before = config(rank=24, learning_rate=1 / 3)
+    path = tmp_path / "config.json"
+    path.write_text(run_config_text(before, recipe="vanilla", version="1", objective=""), encoding="utf-8")
+    recipe, values = read_run_config(path)
+    assert recipe == "vanilla"
+    assert values["learning_rate"] == 1 / 3 and values["output_dir"] == Path("out").resolve()
+    assert set(values) == {setting.name for setting in settings_of(TrainConfig)} - {"resume_from"}
