@@ -1,12 +1,15 @@
 """How a question reaches the user: the protocol, and its form on a terminal with keys and colour."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import questionary
 from prompt_toolkit.application import Application
+from prompt_toolkit.filters import Condition
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent, merge_key_bindings
+from prompt_toolkit.keys import Keys
+from prompt_toolkit.lexers import DynamicLexer, SimpleLexer
 from prompt_toolkit.shortcuts import CompleteStyle
 from prompt_toolkit.styles import Style
 from rich.cells import cell_len, set_cell_size
@@ -14,10 +17,11 @@ from rich.cells import cell_len, set_cell_size
 from sidestep.ui.console import Console
 from sidestep.ui.paths import PathCompleter
 from sidestep.ui.questions import Choice
-from sidestep.ui.wording import one_line
+from sidestep.ui.wording import one_line, printable
 
 ESCAPE_SECONDS = 0.05  # How long Escape may turn out to be the start of an arrow key.
 SEARCHABLE = 12  # Entries from which on typing filters a list.
+NEW_PATH = ("~", "'", '"')  # Nothing that goes on with a path begins so.
 MARGIN = 5  # Cells before an entry, and one free at the end.
 BACK = "back"
 
@@ -27,6 +31,7 @@ STYLE = Style(
         ("question", "bold"),
         ("instruction", "nobold dim"),
         ("answer", "nobold"),
+        ("suggested", "nobold dim"),
         ("pointer", "fg:ansicyan bold"),
         ("highlighted", "bold"),
         ("selected", "noreverse"),
@@ -84,17 +89,24 @@ class KeyAsker:
         """Ask for a line, with the earlier answer (or the refused one) there to be changed."""
         completer = PathCompleter(only_folders=path == "folder") if path else None
         lines = self._help(prompt)
+        suggested = default if draft is None else draft
+
+        def is_untouched() -> bool:
+            buffer = asked.application.current_buffer
+            return buffer.text == suggested and buffer.cursor_position == len(suggested)
+
         asked = questionary.text(
             one_line(prompt.title),
-            default=default if draft is None else draft,
+            default=suggested,
             qmark="",
             instruction="\n".join(["", *lines, ""]) + "  ›",
             style=STYLE,
+            lexer=DynamicLexer(lambda: SimpleLexer("class:suggested" if is_untouched() else "class:answer")),
             completer=completer,
             complete_while_typing=False,
             complete_style=CompleteStyle.READLINE_LIKE,
         )
-        return self._ask(asked.application)
+        return self._ask(asked.application, _replacing_keys(Condition(is_untouched), is_path=bool(path)))
 
     def choose(self, prompt: Prompt, choices: Sequence[Choice], default: Any, *, can_go_back: bool = True) -> Any:
         """Ask for one of a list; typing filters a long one."""
@@ -159,11 +171,9 @@ class KeyAsker:
             for index, row in enumerate(rows)
         ]
 
-    def _ask(self, application: Application[Any], *, can_go_back: bool = True) -> Any:
-        if can_go_back:
-            added = _keys(lambda event: event.app.exit(exception=GoBack()))
-            present = application.key_bindings
-            application.key_bindings = merge_key_bindings([present, added] if present else [added])
+    def _ask(self, application: Application[Any], keys: KeyBindings | None = None, *, can_go_back: bool = True) -> Any:
+        sets = [application.key_bindings, keys, _BACK_KEYS if can_go_back else None]
+        application.key_bindings = merge_key_bindings([each for each in sets if each])
         application.ttimeoutlen = ESCAPE_SECONDS
         application.erase_when_done = True
         try:
@@ -172,10 +182,30 @@ class KeyAsker:
             raise KeyboardInterrupt from None
 
 
-def _keys(go_back: Callable[[KeyPressEvent], None]) -> KeyBindings:
+def _back_keys() -> KeyBindings:
+    def go_back(event: KeyPressEvent) -> None:
+        event.app.exit(exception=GoBack())
+
     keys = KeyBindings()
     keys.add("escape", eager=True)(go_back)
     keys.add("c-b", eager=True)(go_back)
+    return keys
+
+
+_BACK_KEYS = _back_keys()
+
+
+def _replacing_keys(is_untouched: Condition, *, is_path: bool) -> KeyBindings:
+    """What is typed or pasted takes the place of an untouched suggestion; a typed path goes on where it ends."""
+
+    def replace(event: KeyPressEvent) -> None:
+        event.current_buffer.text = ""
+        event.current_buffer.insert_text(printable(event.data).replace("\n", " ").strip("\ufffd"))
+
+    keys = KeyBindings()
+    keys.add(Keys.BracketedPaste, filter=is_untouched)(replace)
+    for key in NEW_PATH if is_path else (Keys.Any,):
+        keys.add(key, filter=is_untouched)(replace)
     return keys
 
 

@@ -170,6 +170,28 @@ def test_what_was_typed_wrongly_can_be_mended_instead_of_typed_again(stage: Stag
     assert stage.started[0].values["rank"] == 999
 
 
+def test_typing_or_pasting_replaces_a_suggestion_that_was_not_touched(stage: Stage):
+    data, dragged = stage.tensors(), stage.tensors("夜 の 歌", songs=2)
+    forward = basic(data)
+    stage.play(LORA, *forward, START)
+    # The dataset of the first time is suggested, and a folder is dragged in; then 32 is typed where 64 stands.
+    pasted = f"\x1b[200~'{dragged}' \x1b[201~" + ENTER
+    stage.play(LORA, *forward[:4], pasted, ENTER, "32" + ENTER, *forward[7:], START)
+    assert stage.started[1].values["dataset_dir"] == dragged
+    assert stage.started[1].values["rank"] == 32
+
+
+def test_a_suggested_path_is_gone_on_with_or_begun_anew(stage: Stage, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(stage.folder))
+    data = stage.tensors()
+    inner = stage.tensors("tensors/inner")
+    forward = basic(data)
+    stage.play(LORA, *forward, START)
+    stage.play(LORA, *forward[:4], "/inner" + ENTER, "~/new" + ENTER, *forward[6:], START)
+    assert stage.started[1].values["dataset_dir"] == inner
+    assert stage.started[1].values["output_dir"] == stage.folder / "new"
+
+
 def test_alpha_follows_the_rank_until_it_is_given(stage: Stage):
     forward = basic(stage.tensors())
     stage.play(LORA, *forward[:6], typed("16"), *forward[7:], START)
