@@ -6,7 +6,8 @@ SidestepError            a message, a hint with the way out, and an exit code
 ├── DataError     exit 1  audio, a sidecar, dataset.json or a tensor file is wrong
 ├── ModelError    exit 1  a checkpoint or an adapter is missing, damaged or of another model
 └── RunError      exit 1  memory or disk ran out
-    └── NonFiniteError    the loss or its gradient is no longer a finite number
+    ├── NonFiniteError    the loss or its gradient is no longer a finite number
+    └── ReadingError      a process that reads the songs was killed
 ```
 Anything else that reaches `main` is a bug of ours: exit 70.
 """
@@ -43,3 +44,7 @@ class RunError(SidestepError):
 
 class NonFiniteError(RunError):
     """The loss or its gradient is no longer a finite number; the weights were not touched."""
+
+
+class ReadingError(RunError):
+    """A process that reads the songs was killed; found between two steps."""

@@ -7,6 +7,7 @@ what came before it, in any process. Nothing is ever padded along time: the mode
 import hashlib
 import random
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sidestep.errors import RunError, SidestepError
+from sidestep.errors import ReadingError, SidestepError
 from sidestep.preprocess.tensors import FRAMES_PER_SECOND, read_sample
 from sidestep.training.objective import Task
 from sidestep.training.timesteps import Sampler
@@ -262,6 +263,12 @@ def _stay_a_little(number: int, frame: FrameType | None) -> None:
     signal.alarm(GRACE_SECONDS)
 
 
+def _learn_of_dead_readers_from_the_next_batch() -> None:
+    # torch's handler of SIGCHLD raises where the main process happens to be, in the middle of an update for one.
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 @dataclass(slots=True)
 class Batches:
     """The batches of any epoch from any position, read ahead by worker processes."""
@@ -291,10 +298,11 @@ class Batches:
     def epoch(self, epoch: int, *, position: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch (from 0), skipping the first `position`.
 
-        Raises the DataError of a file that went bad, and RunError when a reading process was killed.
+        Raises the DataError of a file that went bad, and ReadingError when a reading process was killed.
         """
         self._order.epoch, self._order.position = epoch, position
         batches = iter(self._loader)
+        _learn_of_dead_readers_from_the_next_batch()
         while (batch := self._next(batches)) is not None:
             if isinstance(batch, SidestepError):
                 raise batch
@@ -303,11 +311,12 @@ class Batches:
     def _next(self, batches: Iterator[Batch | SidestepError]) -> Batch | SidestepError | None:
         try:
             return next(batches, None)
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
+        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+            # The last three: the process died before it had handed over the memory of a finished batch.
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
                 raise
             # Its bus error is how a container with little shared memory (/dev/shm) shows.
-            raise RunError(
+            raise ReadingError(
                 "A process that reads the songs was killed.",
                 hint="Memory or shared memory ran out, most likely: read in the main process with --num-workers 0.",
             ) from error

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from sidestep.config.runs import CHECKPOINTS, checkpoint_name
-from sidestep.errors import DataError, NonFiniteError, RunError
+from sidestep.errors import DataError, NonFiniteError, ReadingError, RunError
 from sidestep.events import AdapterSaved, CheckpointSaved, Emit, RunDone, RunStarted, Validated
 from sidestep.preprocess.tensors import FRAMES_PER_SECOND
 from sidestep.training.adapters.base import current_values
@@ -149,7 +149,7 @@ def _saving_on_failure(run: Run, emit: Emit) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         _keep(run, emit)
         raise RunError(f"The {run.stepper.model.device.type} device is out of memory.", hint=_smaller(run)) from error
-    except (NonFiniteError, DataError):
+    except (NonFiniteError, DataError, ReadingError):
         _keep(run, emit)
         raise
 
