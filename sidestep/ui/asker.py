@@ -6,8 +6,10 @@ from typing import Any, Protocol
 
 import questionary
 from prompt_toolkit.application import Application
+from prompt_toolkit.buffer import Buffer
 from prompt_toolkit.filters import Condition
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent, merge_key_bindings
+from prompt_toolkit.key_binding.bindings.completion import display_completions_like_readline
 from prompt_toolkit.keys import Keys
 from prompt_toolkit.lexers import DynamicLexer, SimpleLexer
 from prompt_toolkit.shortcuts import CompleteStyle
@@ -21,7 +23,6 @@ from sidestep.ui.wording import one_line, printable
 
 ESCAPE_SECONDS = 0.05  # How long Escape may turn out to be the start of an arrow key.
 SEARCHABLE = 12  # Entries from which on typing filters a list.
-NEW_PATH = ("~", "'", '"')  # Nothing that goes on with a path begins so.
 MARGIN = 5  # Cells before an entry, and one free at the end.
 BACK = "back"
 
@@ -55,12 +56,15 @@ class Prompt:
 class Asker(Protocol):
     """Asks the user. Raises GoBack, and KeyboardInterrupt when the user leaves."""
 
+    keys: str
+    """Which keys go back and leave, in a sentence."""
+
     def text(self, prompt: Prompt, default: str, *, draft: str | None = None, path: str = "") -> str:
         """Ask for a line; `draft` is what was typed and refused; `path`: "folder" or "any" where Tab completes."""
         ...
 
-    def choose(self, prompt: Prompt, choices: Sequence[Choice], default: Any, *, can_go_back: bool = True) -> Any:
-        """Ask for one of a list and return its value."""
+    def choose(self, prompt: Prompt, choices: Sequence[Choice], default: Any, *, back: str = "Back") -> Any:
+        """Ask for one of a list and return its value; `back` names the way back, empty where there is none."""
         ...
 
     def mark(self, prompt: Prompt, choices: Sequence[Choice], default: Sequence[Any]) -> tuple[Any, ...]:
@@ -82,6 +86,8 @@ class KeyAsker:
     A question disappears once it is answered; one line with the answer stays.
     """
 
+    keys = "Esc goes back one question, Ctrl-C leaves."
+
     def __init__(self, console: Console) -> None:
         self._console = console
 
@@ -89,15 +95,14 @@ class KeyAsker:
         """Ask for a line, with the earlier answer (or the refused one) there to be changed."""
         completer = PathCompleter(only_folders=path == "folder") if path else None
         lines = self._help(prompt)
-        suggested = default if draft is None else draft
+        suggestion = _Suggestion(default if draft is None else draft)
 
         def is_untouched() -> bool:
-            buffer = asked.application.current_buffer
-            return buffer.text == suggested and buffer.cursor_position == len(suggested)
+            return suggestion.is_untouched(asked.application.current_buffer)
 
         asked = questionary.text(
             one_line(prompt.title),
-            default=suggested,
+            default=suggestion.text,
             qmark="",
             instruction="\n".join(["", *lines, ""]) + "  ›",
             style=STYLE,
@@ -106,14 +111,14 @@ class KeyAsker:
             complete_while_typing=False,
             complete_style=CompleteStyle.READLINE_LIKE,
         )
-        return self._ask(asked.application, _replacing_keys(Condition(is_untouched), is_path=bool(path)))
+        return self._ask(asked.application, _suggestion_keys(Condition(is_untouched), suggestion))
 
-    def choose(self, prompt: Prompt, choices: Sequence[Choice], default: Any, *, can_go_back: bool = True) -> Any:
+    def choose(self, prompt: Prompt, choices: Sequence[Choice], default: Any, *, back: str = "Back") -> Any:
         """Ask for one of a list; typing filters a long one."""
         values = [choice.value for choice in choices]
         entries = self._entries(choices, default if default in values else None)
-        if can_go_back:
-            entries.append(questionary.Choice("Back", value=BACK))
+        if back:
+            entries.append(questionary.Choice(back, value=BACK))
         is_long = len(entries) > SEARCHABLE
         asked = questionary.select(
             one_line(prompt.title),
@@ -126,7 +131,7 @@ class KeyAsker:
             use_search_filter=is_long,
             use_jk_keys=False,
         )
-        answer = self._ask(asked.application, can_go_back=can_go_back)
+        answer = self._ask(asked.application, can_go_back=bool(back))
         if answer == BACK:
             raise GoBack
         return values[int(answer)]
@@ -195,17 +200,38 @@ def _back_keys() -> KeyBindings:
 _BACK_KEYS = _back_keys()
 
 
-def _replacing_keys(is_untouched: Condition, *, is_path: bool) -> KeyBindings:
-    """What is typed or pasted takes the place of an untouched suggestion; a typed path goes on where it ends."""
+@dataclass(slots=True)
+class _Suggestion:
+    """What stands in a line before anything is typed, until it is gone on with or replaced."""
+
+    text: str
+    is_taken: bool = False
+
+    def is_untouched(self, buffer: Buffer) -> bool:
+        return not self.is_taken and buffer.text == self.text and buffer.cursor_position == len(self.text)
+
+
+def _suggestion_keys(is_untouched: Condition, suggestion: _Suggestion) -> KeyBindings:
+    """What is typed or pasted takes the place of an untouched suggestion; Right, End and Tab go on with it instead."""
 
     def replace(event: KeyPressEvent) -> None:
         event.current_buffer.text = ""
         event.current_buffer.insert_text(printable(event.data).replace("\n", " ").strip("\ufffd"))
 
+    def take(event: KeyPressEvent) -> None:
+        suggestion.is_taken = True
+
+    def complete(event: KeyPressEvent) -> None:
+        take(event)
+        if event.current_buffer.completer:
+            display_completions_like_readline(event)
+
     keys = KeyBindings()
-    keys.add(Keys.BracketedPaste, filter=is_untouched)(replace)
-    for key in NEW_PATH if is_path else (Keys.Any,):
+    for key in (Keys.Any, Keys.BracketedPaste):
         keys.add(key, filter=is_untouched)(replace)
+    for key in ("right", "end", "c-e"):
+        keys.add(key, filter=is_untouched)(take)
+    keys.add("tab", filter=is_untouched)(complete)
     return keys
 
 

@@ -15,6 +15,8 @@ EMPTY = "-"
 class PlainAsker:
     """Asks with `read`, which prints a prompt and returns a line. "<" goes back, "-" empties, Enter keeps."""
 
+    keys = f"Enter takes what is in brackets, {BACK} goes back one question, {EMPTY} empties a line, Ctrl-C leaves."
+
     def __init__(self, console: Console, *, read: Callable[[str], str] = input) -> None:
         self._console = console
         self._read = read
@@ -28,14 +30,14 @@ class PlainAsker:
             return ""
         return typed or default
 
-    def choose(self, prompt: Prompt, choices: Sequence[Choice], default: Any, *, can_go_back: bool = True) -> Any:
+    def choose(self, prompt: Prompt, choices: Sequence[Choice], default: Any, *, back: str = "Back") -> Any:
         """Ask for a number of a list, or the word beside it."""
         self._title(prompt)
-        self._list(choices)
+        self._list(choices, back)
         values = [choice.value for choice in choices]
         suggested = f"[{values.index(default) + 1}] " if default in values else ""
         while True:
-            typed = self._line(f"  Number {suggested}> ", can_go_back=can_go_back)
+            typed = self._line(f"  Number {suggested}> ", can_go_back=bool(back))
             if not typed and default in values:
                 return default
             index = _index(typed, choices)
@@ -72,9 +74,9 @@ class PlainAsker:
         if prompt.help:
             self._console.print(f"  {prompt.help}")
 
-    def _list(self, choices: Sequence[Choice]) -> None:
+    def _list(self, choices: Sequence[Choice], back: str = "") -> None:
         rows = [(str(index), choice.title, choice.note) for index, choice in enumerate(choices, start=1)]
-        self._console.table("", rows)
+        self._console.table("", [*rows, *([(BACK, back, "")] if back else [])])
 
     def _line(self, question: str, *, can_go_back: bool = True) -> str:
         try:

@@ -1,5 +1,7 @@
 """The last look before an action starts: what was decided, what it does, and the command line that does the same."""
 
+from pathlib import Path
+
 from sidestep.errors import SidestepError
 from sidestep.ui.command_line import command_line
 from sidestep.ui.console import Console
@@ -34,8 +36,8 @@ def _groups(flow: Flow, form: Form) -> dict[str, list[tuple[str, str, bool]]]:
         if setting is None or question.ask == "never" or not question.applies(form):
             continue
         value = form[question.name]
-        # A folder has no default to differ from: every run has its own.
-        differs = value != setting.default and setting.in_presets
+        # A path has no default to differ from: everyone has their own.
+        differs = value != setting.default and setting.kind is not Path
         if value != setting.default or question.ask == "basic":
             shown = question.show(form, value) if value is not None else setting.shown_default
             groups.setdefault(question.group, []).append((question.title, shown, differs))

@@ -74,13 +74,13 @@ class Wizard:
     def run(self) -> int:
         """Open the menu; returns the exit code of the last action, 0 without one."""
         self._console.heading(f"Side-Step {product_version()}")
-        self._console.print("  Esc goes back one question, Ctrl-C leaves.", style="dim")
+        self._console.print(f"  {self._asker.keys}", style="dim")
         try:
             if not has_models(self._session):
                 self._welcome()
             while True:
                 self._console.print()
-                self._offer("What would you like to do?", self._menu(), can_go_back=False)
+                self._offer("What would you like to do?", self._menu(), back="")
         except _Leave:
             return self._exit_code
 
@@ -97,12 +97,12 @@ class Wizard:
             Entry("Exit", self._leave),
         ]
 
-    def _offer(self, title: str, entries: Sequence[Entry], *, can_go_back: bool = True) -> None:
+    def _offer(self, title: str, entries: Sequence[Entry], *, back: str = "Back") -> None:
         """Open the chosen entry; one that is gone back from leads to the list again."""
         choices = [Choice(value=index, title=entry.title, note=entry.note) for index, entry in enumerate(entries)]
         chosen = 0
         while True:
-            chosen = self._asker.choose(Prompt(title), choices, chosen, can_go_back=can_go_back)
+            chosen = self._asker.choose(Prompt(title), choices, chosen, back=back)
             try:
                 entries[chosen].open()
                 return
@@ -124,7 +124,7 @@ class Wizard:
             Entry("Later", lambda: None),
         ]
         self._console.print()
-        self._offer("Where are the models?", entries, can_go_back=False)
+        self._offer("Where are the models?", entries, back="")
 
     def _fetch(self) -> None:
         try:
@@ -158,7 +158,7 @@ class Wizard:
         """Offer the next step of the chain; going back from here leads to the menu."""
         self._console.print()
         try:
-            self._offer("What next?", [*entries, Entry("Back to the menu", lambda: None), Entry("Exit", self._leave)])
+            self._offer("What next?", [*entries, Entry("Exit", self._leave)], back="Back to the menu")
         except GoBack:
             return
 
@@ -237,7 +237,7 @@ class Wizard:
     def _carry_out(self, flow: Flow, form: Form) -> bool:
         """Start the plan; returns False after an error that changing something may cure."""
         self._session.keep_answers(form)
-        self._console.print()
+        self._console.print("  Starting.", style="dim")
         try:
             self._exit_code = self._start(flow.plan(form))
         except SidestepError as error:

@@ -28,6 +28,7 @@ from sidestep.ui.wizard import Wizard
 from tests.unit.terminal import Terminal
 
 ENTER, BACK, LEAVE, UP, DOWN, SPACE = "\r", "\x02", "\x03", "\x1b[A", "\x1b[B", " "
+END = "\x1b[F"
 CLEAR = "\x05\x15"  # To the end of the line, then everything before the cursor.
 EXIT = UP + ENTER  # The last entry of the menu.
 EXIT_AFTERWARDS = UP + UP + ENTER  # In "What next?" it stands above Back.

@@ -252,7 +252,7 @@ def test_the_whole_wizard_works_with_plain_prompts_and_no_escape_codes(stage: St
     screen = Terminal()
     console = open_console(plain=True, stream=screen)
     # Build dataset: back from the tag to the folder, accepted as it is; then a tag, start, exit.
-    read = plain_lines("3", "nowhere", str(songs), "<", "", "mytag", "1", "3")
+    read = plain_lines("3", "nowhere", str(songs), "<", "", "mytag", "1", "2")
     wizard = Wizard(PlainAsker(console, read=read), console, start=stage.start, hub=NoHub(), find_gpus=lambda: ())
     assert wizard.run() == 0
     assert stage.started[0].values == {"input": songs, "tag": "mytag"}

@@ -17,6 +17,7 @@ from sidestep.ui.session import CARRIED
 from tests.unit.stage import (
     BACK,
     DOWN,
+    END,
     ENTER,
     EXIT,
     EXIT_AFTERWARDS,
@@ -187,7 +188,7 @@ def test_a_suggested_path_is_gone_on_with_or_begun_anew(stage: Stage, monkeypatc
     inner = stage.tensors("tensors/inner")
     forward = basic(data)
     stage.play(LORA, *forward, START)
-    stage.play(LORA, *forward[:4], "/inner" + ENTER, "~/new" + ENTER, *forward[6:], START)
+    stage.play(LORA, *forward[:4], END + "/inner" + ENTER, "~/new" + ENTER, *forward[6:], START)
     assert stage.started[1].values["dataset_dir"] == inner
     assert stage.started[1].values["output_dir"] == stage.folder / "new"
 
@@ -240,7 +241,7 @@ def test_the_next_action_and_the_next_start_suggest_what_was_used(stage: Stage):
     away = stage.folder / "away"
     again = [FRESH, BASIC, *MODEL, *[ENTER] * (2 + len(SETTINGS_ASKED))]
     forward = [FRESH, BASIC, ENTER, down(1), typed(data), typed(away / "one"), *[ENTER] * len(SETTINGS_ASKED)]
-    stage.play(LORA, *forward, START, ENTER, LORA, *again, START)
+    stage.play(LORA, *forward, START, down(1), LORA, *again, START)
     stage.play(LORA, *again, START)
     first, second, third = (config_of(plan) for plan in stage.started)
     assert second.dataset_dir == third.dataset_dir == data == first.dataset_dir
