@@ -41,13 +41,18 @@ class Model:
         """Return the unweighted loss of each sample, [B] float32; the task is on the model's device."""
         self.cross_attention.set_rows(task.rows_BL)
         with autocast(self.device, self.dtype):
-            return flow_matching_losses(self._velocity(task, compiled=compiled), task)
+            return flow_matching_losses(self.velocity(task, compiled=compiled), task)
 
     def weighted(self, losses: Tensor, task: Task) -> Tensor:
         """Return the losses as they count in training."""
         return losses if self.weighting is None else losses * self.weighting(task.timesteps_B)
 
-    def _velocity(self, task: Task, *, compiled: bool) -> Tensor:
+    def velocity(self, task: Task, *, compiled: bool = False) -> Tensor:
+        """Return the velocity [B, T, C] for a task, in the model's dtype.
+
+        The timestep is cast before it enters the model: the original's sinusoid is computed from the rounded timestep
+        in training and at inference.
+        """
         condition_BLD = drop_conditions(task.condition_BLD.to(self.dtype), self.null_condition, task.is_dropped_B)
         blocks = self.compiled_blocks if compiled else None
         return velocity(
