@@ -68,6 +68,14 @@ def _build_dataset(command: str, values: Mapping[str, Any], screen: GlobalConfig
         return run(config, emit=emit, console=console)
 
 
+def _sample(command: str, values: Mapping[str, Any], screen: GlobalConfig) -> int:
+    from sidestep.commands.sample import run
+    from sidestep.config.adapter_tasks import SampleConfig
+    from sidestep.ui.console import open_console
+
+    return run(build(SampleConfig, parse_values(SampleConfig, values)), console=open_console(plain=screen.plain))
+
+
 def _export(command: str, values: Mapping[str, Any], screen: GlobalConfig) -> int:
     from sidestep.commands.export import run
     from sidestep.config.adapter_tasks import ExportConfig
@@ -103,6 +111,7 @@ _COMMANDS: Mapping[str, Callable[[str, Mapping[str, Any], GlobalConfig], int]] =
     "fixed": _train,
     "vanilla": _train,
     "build-dataset": _build_dataset,
+    "sample": _sample,
     "export": _export,
     "demo": _demo,
 }

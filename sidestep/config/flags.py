@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sidestep.config.adapter_tasks import ExportConfig
+from sidestep.config.adapter_tasks import ExportConfig, SampleConfig
 from sidestep.config.recipe import RECIPE_PINS
 from sidestep.config.settings import Setting, flag_of, option, settings_of, show_value
 from sidestep.config.tasks import BuildDatasetConfig, DemoConfig
@@ -50,6 +50,7 @@ COMMANDS = (
     Command("fixed", "Train as the model was made; preprocess with --preprocess.", (TrainConfig, LayersConfig)),
     Command("vanilla", "Train as the official trainer does, to reproduce old results.", (TrainConfig, LayersConfig)),
     Command("build-dataset", "Write dataset.json from a folder of songs and their sidecars.", (BuildDatasetConfig,)),
+    Command("sample", "Music from a prompt, with an adapter at one or several strengths.", (SampleConfig,)),
     Command("export", "Write an adapter for another program, and prove that it means the same.", (ExportConfig,)),
     Command("demo", "The whole way on a toy model and made-up songs; nothing to download.", (DemoConfig,)),
 )

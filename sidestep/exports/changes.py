@@ -5,7 +5,7 @@ m (W + product) / |W + product|, the norm taken over each row (Liu et al. 2024, 
 agree).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -27,6 +27,10 @@ class Change(Protocol):
 
     def product(self) -> Tensor:
         """Return the change before magnitudes, float64, in the weight's shape or [out, in x kernel]."""
+        ...
+
+    def with_magnitude(self, magnitude: Tensor) -> "Change":
+        """Return the same change with other magnitudes."""
         ...
 
 
@@ -51,6 +55,10 @@ class LowRank:
     def product(self) -> Tensor:
         """Return up @ down."""
         return self.up.double().flatten(1) @ self.down.double().flatten(1)
+
+    def with_magnitude(self, magnitude: Tensor) -> Change:
+        """Return the same change with other magnitudes."""
+        return replace(self, magnitude=magnitude)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +86,10 @@ class Kronecker:
         first = self.first.double().reshape(*self.first.shape, *[1] * (second.ndim - 2))
         return torch.kron(first, second)
 
+    def with_magnitude(self, magnitude: Tensor) -> Change:
+        """Return the same change with other magnitudes."""
+        return replace(self, magnitude=magnitude)
+
 
 @dataclass(frozen=True, slots=True)
 class Hadamard:
@@ -97,6 +109,10 @@ class Hadamard:
     def product(self) -> Tensor:
         """Return the elementwise product."""
         return (self.w1_a.double() @ self.w1_b.double()) * (self.w2_a.double() @ self.w2_b.double())
+
+    def with_magnitude(self, magnitude: Tensor) -> Change:
+        """Return the same change with other magnitudes."""
+        return replace(self, magnitude=magnitude)
 
 
 def changed(weight: Tensor, product: Tensor, magnitude: Tensor | None) -> Tensor:

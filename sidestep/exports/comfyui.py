@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sidestep.exports.base import BaseWeights
 from sidestep.exports.changes import Change, Hadamard, Kronecker, LowRank, row_norms
+from sidestep.exports.source import WRITTEN_FOR
 from sidestep.exports.target import Content
 
 PREFIX = "base_model.model."
@@ -43,8 +44,9 @@ class ComfyUi:
             difference = value.double() - base.tensor(name)
             tensors[f"{PREFIX}{name.removesuffix('.bias')}.diff_b"] = difference.float()
         # acestep.cpp reads the rank of a whole second factor from here.
-        header = {"lokr_config": json.dumps({"linear_dim": _WHOLE_RANK})} if _is_lokr(content) else {}
-        save_file(tensors, folder / f"{self.name}.safetensors", metadata={"format": "pt", **content.header, **header})
+        lokr = {"lokr_config": json.dumps({"linear_dim": _WHOLE_RANK})} if _is_lokr(content) else {}
+        header = {"format": "pt", WRITTEN_FOR: "comfyui", **content.header, **lokr}
+        save_file(tensors, folder / f"{self.name}.safetensors", metadata=header)
 
     def read(self, folder: Path, base: BaseWeights) -> Iterator[tuple[str, Tensor]]:
         """Apply the file as ComfyUI's loader does: stem by stem, then kind by kind."""

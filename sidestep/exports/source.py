@@ -18,13 +18,15 @@ from torch import Tensor
 
 from sidestep.errors import ModelError
 from sidestep.exports.base import BaseWeights
-from sidestep.exports.changes import Change, Hadamard, Kronecker, LowRank
+from sidestep.exports.changes import Change, Hadamard, Kronecker, LowRank, row_norms
 from sidestep.exports.find import PEFT_CONFIG, PEFT_FILE, find_adapter
 from sidestep.model.names import to_diffusers, to_original
 from sidestep.training.adapters.files import read_weights
 
 DIFFUSERS_HEADER = "lora_adapter_metadata"
 DIFFUSERS_PREFIX = "transformer."
+WRITTEN_FOR = "sidestep_export"
+"""Header of our own exports for ComfyUI, whose magnitudes are relative to the unchanged weight."""
 _PREFIXES = ("base_model.model.", DIFFUSERS_PREFIX, "diffusion_model.", "decoder.")
 _FLAT_PREFIXES = ("lycoris_", "lora_unet_decoder_", "lora_unet_")
 _PARTS = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up"}
@@ -73,6 +75,8 @@ def read_adapter(path: Path, base: BaseWeights) -> Source:
         if own:
             changes[module] = _change(file, module, own, scale)
     _check_shapes(file, changes, base)
+    if header.get(WRITTEN_FOR) == "comfyui":
+        changes = {module: _from_comfyui(change, base.weight(module)) for module, change in changes.items()}
     return Source(file=file, kind=_kind(changes), changes=changes, biases=biases, header=header)
 
 
@@ -127,6 +131,14 @@ def _change(file: Path, module: str, group: Group, scale: Scale) -> Change:
         second = ("lokr_w2",) if "lokr_w2" in group else ("lokr_w2_a", "lokr_w2_b")
         return Kronecker(first.float() * factor, tuple(group[name].float() for name in second), magnitude)
     raise ModelError(f"{file} holds {', '.join(sorted(group))} for {module}, which is no whole adapter.")
+
+
+def _from_comfyui(change: Change, weight: Tensor) -> Change:
+    """Undo what an export for ComfyUI does to magnitudes: there the unchanged weight's norm is divided by."""
+    if change.magnitude is None:
+        return change
+    merged = weight + change.product().reshape(weight.shape)
+    return change.with_magnitude((change.magnitude.double() * row_norms(merged) / row_norms(weight)).float())
 
 
 _LOKR_PARTS = [

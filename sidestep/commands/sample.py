@@ -1,0 +1,68 @@
+"""`sample`: music from a prompt with an adapter of any program, at several strengths."""
+
+import time
+from dataclasses import replace
+
+from sidestep.commands.models import chosen_checkpoint
+from sidestep.config.adapter_tasks import SampleConfig
+from sidestep.errors import ConfigError
+from sidestep.exports.find import find_adapter
+from sidestep.listen.prompts import SamplePrompt, read_prompts
+from sidestep.model.checkpoint import check_encoders
+from sidestep.ui.console import Console
+from sidestep.ui.problems import quiet_libraries
+
+
+def run(config: SampleConfig, *, console: Console) -> int:
+    """Render every prompt at every strength; returns the exit code."""
+    prompts = _prompts(config)
+    file = find_adapter(config.adapter) if config.adapter else None
+    checkpoint = chosen_checkpoint(config.checkpoint_dir, config.model_variant, config.base_model, adapter=file)
+    check_encoders(checkpoint)
+    if checkpoint.is_turbo and config.guidance not in (None, 1.0):
+        raise ConfigError("--guidance has no effect on turbo: its guidance is part of its weights.")
+    quiet_libraries()
+    console.print(f"Loading {checkpoint.variant} ...")
+    from sidestep.listen.render import usual_sampling
+    from sidestep.listen.studio import Studio
+    from sidestep.model.device import choose_device, choose_dtype
+
+    device = choose_device(config.device)
+    usual = usual_sampling(checkpoint)
+    sampling = replace(
+        usual, steps=config.steps or usual.steps, guidance=config.guidance or usual.guidance, shift=config.shift
+    )
+    studio = Studio(
+        checkpoint,
+        prompts,
+        adapter=file,
+        seconds=config.duration,
+        seed=config.seed,
+        sampling=sampling,
+        device=device,
+        dtype=choose_dtype(config.precision, device),
+    )
+    strengths = config.strengths if file else (0.0,)
+    started = time.monotonic()
+    for path in studio.render_all(strengths, folder=config.output):
+        console.print(f"{path}  ({time.monotonic() - started:.1f} s)", wrap=False)
+        started = time.monotonic()
+    return 0
+
+
+def _prompts(config: SampleConfig) -> list[SamplePrompt]:
+    if (config.prompt is None) == (config.prompts is None):
+        raise ConfigError("Give either --prompt TEXT or --prompts FILE.")
+    if config.prompts is not None:
+        return read_prompts(config.prompts)
+    assert config.prompt is not None
+    return [
+        SamplePrompt(
+            caption=config.prompt,
+            lyrics=config.lyrics,
+            language=config.language,
+            bpm=config.bpm,
+            keyscale=config.keyscale,
+            timesignature=config.timesignature,
+        )
+    ]
