@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from sidestep.config.adapter_tasks import ExportConfig, SampleConfig
 from sidestep.config.recipe import RECIPE_PINS
 from sidestep.config.settings import Setting, flag_of, option, settings_of, show_value
-from sidestep.config.tasks import BuildDatasetConfig, DemoConfig
+from sidestep.config.tasks import BuildDatasetConfig, DemoConfig, EstimateConfig
 from sidestep.config.train import TrainConfig
 from sidestep.errors import ConfigError
 
@@ -52,6 +52,7 @@ COMMANDS = (
     Command("build-dataset", "Write dataset.json from a folder of songs and their sidecars.", (BuildDatasetConfig,)),
     Command("sample", "Music from a prompt, with an adapter at one or several strengths.", (SampleConfig,)),
     Command("export", "Write an adapter for another program, and prove that it means the same.", (ExportConfig,)),
+    Command("estimate", "Measure which modules to train, and how much of each (Preprocessing++).", (EstimateConfig,)),
     Command("demo", "The whole way on a toy model and made-up songs; nothing to download.", (DemoConfig,)),
 )
 

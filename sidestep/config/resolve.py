@@ -60,6 +60,16 @@ def contradictions(config: TrainConfig, given: Values) -> list[str]:
     ]
     if config.early_stop_patience and not config.val_split:
         problems.append("--early-stop-patience needs --val-split: without held-out songs nothing says when to stop.")
+    if config.rank_map is None and config.rank_map_start:
+        problems.append("--rank-map-start needs --rank-map: the directions lie beside the map.")
+    if config.rank_map is not None:
+        problems += [
+            f"{flag_of(name)} has no say with --rank-map: the map names the modules."
+            for name in ("target_modules", "attention_type")
+            if name in given
+        ]
+    if config.lokr_factor == 0:
+        problems.append("--lokr-factor takes -1 (the most square one) or a whole number from 1.")
     if 0 < config.chunk_duration < 1:
         problems.append("--chunk-duration takes 0 (whole songs) or at least 1 second.")
     if config.run_name is not None and (

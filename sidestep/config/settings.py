@@ -194,6 +194,13 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def same_as(config: type, name: str, **changes: Any) -> Any:
+    """Declare a setting as another config has it, but for these changes to what `option` takes."""
+    (field,) = (field for field in dataclasses.fields(config) if field.name == name)
+    default = changes.pop("default", field.default)
+    return dataclasses.field(default=default, metadata={**field.metadata, **changes})
+
+
 def flag_of(name: str) -> str:
     """Return the long flag of a field name."""
     return "--" + name.replace("_", "-")

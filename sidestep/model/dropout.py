@@ -35,7 +35,7 @@ class SeededDropout(nn.Module):
         if not self.training or not self.p:
             return x
         place = torch.arange(x.numel(), device=x.device, dtype=torch.int32).view(x.shape)
-        hashed = _hash(place * _STRIDE + (self.seed ^ self.salt))
+        hashed = _hash((place ^ (self.seed ^ self.salt)) * _STRIDE)
         kept = (hashed & 0x7FFFFFFF) >= int(self.p * 2**31)
         return torch.where(kept, x * (1 / (1 - self.p)), 0)
 

@@ -52,9 +52,10 @@ class Sample:
 @dataclass(frozen=True, slots=True)
 class Header:
     """What a tensor file says of itself, read without its tensors: its length in latent frames (25 a second), the
-    width D of its condition rows, how often the song counts, and its metadata."""
+    number and the width D of its valid condition rows, how often the song counts, and its metadata."""
 
     frames: int
+    rows: int
     condition_width: int
     repeat: int
     metadata: Mapping[str, Any]
@@ -151,7 +152,8 @@ def read_header(path: Path) -> Header:
     repeat = metadata.get("repeat", 1)
     if not isinstance(repeat, int) or isinstance(repeat, bool) or repeat < 1:
         raise DataError(f"{path.name} says it counts {repeat!r} times; that must be a whole number from 1.", hint=AGAIN)
-    return Header(latents.shape[0], states.shape[1], repeat, metadata)
+    rows = int(content["encoder_attention_mask"].sum())
+    return Header(latents.shape[0], rows, states.shape[1], repeat, metadata)
 
 
 def sample_frames(path: Path) -> int:

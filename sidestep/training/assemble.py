@@ -5,29 +5,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.amp.grad_scaler import GradScaler
 
 from sidestep.config.presets import run_config_text
+from sidestep.config.rank_map import RankMap, read_rank_map, recipe_fingerprint
 from sidestep.config.recipe import TURBO_SHIFT, Recipe, learning_rate_of, resolve_recipe, schedule_of
 from sidestep.config.runs import resume_candidates
 from sidestep.config.train import TrainConfig
 from sidestep.errors import ConfigError, ModelError, RunError
 from sidestep.events import Emit, Notice
-from sidestep.model.attention import use_processors
 from sidestep.model.checkpoint import Checkpoint, decoder_fingerprint
-from sidestep.model.device import choose_device, choose_dtype, reset_memory_peak
-from sidestep.model.dropout import seed_dropout
-from sidestep.model.loading import load_decoder, load_null_condition
+from sidestep.model.device import choose_device, choose_dtype
 from sidestep.preprocess.tensors import FRAMES_PER_SECOND
-from sidestep.training.adapters import ADAPTERS
-from sidestep.training.adapters.base import Adapter, load_values, target_names
+from sidestep.training.accelerate import can_capture, compile_blocks, wants_compile
+from sidestep.training.adapters.base import Adapter, load_values
 from sidestep.training.batches import Batches, Draws, Plan, Song, plan_batches
+from sidestep.training.build import build_stepper
 from sidestep.training.checkpoints import Snapshot, newest_good
 from sidestep.training.ema import Ema
 from sidestep.training.loop import Pace
-from sidestep.training.objective import MinSnr
-from sidestep.training.optimizers import make_optimizer
-from sidestep.training.passes import EagerPasses, Model
 from sidestep.training.songs import dataset_fingerprint, find_songs, hold_out
 from sidestep.training.state import TrainState
 from sidestep.training.step import Stepper
@@ -86,13 +81,17 @@ def assemble(
         chunk_seconds=config.chunk_duration,
         repeats=config.dataset_repeats,
         seed=config.seed,
+        few_lengths=can_capture(device, dtype),
     )
     _report_groups(plan, emit)
     identity = {"songs": dataset_fingerprint(songs), "decoder": decoder_fingerprint(checkpoint)}
+    rank_map = _rank_map(config, identity, recipe)
     snapshot = _snapshot(config, identity, emit)
     sampler = sampler_of(recipe, mu=checkpoint.timestep_mu, sigma=checkpoint.timestep_sigma)
     try:
-        adapter, stepper = _model(config, recipe, checkpoint, sampler=sampler, device=device, dtype=dtype)
+        adapter, stepper = build_stepper(
+            config, recipe, checkpoint, rank_map, sampler=sampler, device=device, dtype=dtype, emit=emit
+        )
     except torch.OutOfMemoryError as error:
         raise RunError(
             f"The model {checkpoint.variant} does not fit into the free memory of {device}.",
@@ -100,6 +99,9 @@ def assemble(
         ) from error
     state = _restore(snapshot, adapter, stepper) if snapshot else TrainState()
     pace = _pace(config, plan, emit)
+    passes = (pace.total_steps - state.step) * config.gradient_accumulation
+    if wants_compile(config.compile, device, passes=passes, emit=emit):
+        compile_blocks(stepper.model, any_length=len(plan.groups) > 1)
     if state.step >= pace.total_steps:
         raise ConfigError(
             f"There is nothing left to do: {state.step} of {pace.total_steps} steps are done.",
@@ -116,7 +118,7 @@ def assemble(
         held_out=held_out,
         law=_law(checkpoint),
         pace=pace,
-        batches=_batches(config, plan, sampler, recipe, device),
+        batches=_batches(config, plan, sampler, recipe, device=device, dtype=dtype),
         adapter=adapter,
         stepper=stepper,
         ema=_ema(config, adapter, snapshot),
@@ -126,56 +128,20 @@ def assemble(
     )
 
 
-def _model(
-    config: TrainConfig,
-    recipe: Recipe,
-    checkpoint: Checkpoint,
-    *,
-    sampler: Sampler,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> tuple[Adapter, Stepper]:
-    reset_memory_peak(device)
-    decoder = load_decoder(checkpoint, device=device, dtype=dtype)
-    modules = target_names(
-        len(decoder.layers), attention_type=config.attention_type, target_modules=config.target_modules
+def _rank_map(config: TrainConfig, identity: Mapping[str, str], recipe: Recipe) -> RankMap | None:
+    """Read the run's rank map, if it has one; a map that was made for another run is refused."""
+    if config.rank_map is None:
+        return None
+    rank_map = read_rank_map(config.rank_map)
+    rank_map.check_fits(
+        model=identity["decoder"], dataset=identity["songs"], recipe=recipe_fingerprint(recipe), source=config.rank_map
     )
-    torch.manual_seed(config.seed)
-    adapter = ADAPTERS[config.adapter_type](decoder, modules, config)
-    if config.init_from:
-        adapter.read(config.init_from)
-    decoder.train()
-    optimizer = make_optimizer(
-        config.optimizer_type,
-        list(adapter.parameters.values()),
-        lr=learning_rate_of(config),
-        weight_decay=config.weight_decay,
-        device=device,
-    )
-    model = Model(
-        decoder=decoder,
-        cross_attention=use_processors(decoder, device=device, dtype=dtype),
-        null_condition=load_null_condition(checkpoint, device=device, dtype=dtype),
-        weighting=MinSnr.normed(recipe.snr_gamma, sampler) if recipe.loss_weighting == "min_snr" else None,
-        recompute=[config.gradient_checkpointing] * len(decoder.layers),
-        dropout_seed=seed_dropout(decoder, config.dropout),
-        device=device,
-        dtype=dtype,
-    )
-    scaler = GradScaler(device.type, enabled=dtype == torch.float16)
-    stepper = Stepper(
-        model=model,
-        passes=EagerPasses(model=model, scaler=scaler),
-        parameters=adapter.parameters,
-        modules=adapter.modules,
-        optimizer=optimizer,
-        max_grad_norm=config.max_grad_norm,
-        scaler=scaler,
-    )
-    return adapter, stepper
+    return rank_map
 
 
-def _batches(config: TrainConfig, plan: Plan, sampler: Sampler, recipe: Recipe, device: torch.device) -> Batches:
+def _batches(
+    config: TrainConfig, plan: Plan, sampler: Sampler, recipe: Recipe, *, device: torch.device, dtype: torch.dtype
+) -> Batches:
     return Batches(
         plan=plan,
         draws=Draws(plan.songs, sampler, recipe.cfg_ratio),
@@ -183,7 +149,14 @@ def _batches(config: TrainConfig, plan: Plan, sampler: Sampler, recipe: Recipe, 
         pin_memory=config.pin_memory and device.type == "cuda",
         prefetch_factor=config.prefetch_factor,
         persistent_workers=config.persistent_workers,
+        rows=_common_rows(plan) if can_capture(device, dtype) else 0,
     )
+
+
+def _common_rows(plan: Plan) -> int:
+    """Return to how many rows all prompts are padded: the longest's, to a multiple of 8 where a mask is needed."""
+    rows = {song.rows for song in plan.songs}
+    return max(rows) if len(rows) == 1 else -(-max(rows) // 8) * 8
 
 
 def _pace(config: TrainConfig, plan: Plan, emit: Emit) -> Pace:

@@ -23,16 +23,19 @@ from sidestep.training.objective import Task
 from sidestep.training.timesteps import Sampler
 
 CROP_LIMIT = FRAMES_PER_SECOND  # Songs that differ by less than a second may share a batch, cropped to the shortest.
+FEW_LENGTHS_LIMIT = 4 * FRAMES_PER_SECOND  # Where every length costs a capture, up to four seconds are left out.
+LENGTH_STEP = 16  # Frames; the matrix kernels of large cards are slow at sequence lengths that are no multiple of 8.
 GRACE_SECONDS = 30  # How long a reading process outlives SIGTERM: the main one finishes its step and saves.
 
 
 @dataclass(frozen=True, slots=True)
 class Song:
-    """A tensor file to train on and its length in latent frames (25 a second)."""
+    """A tensor file to train on: its length in latent frames (25 a second) and the rows of its prompt."""
 
     path: Path
     frames: int
     repeat: int = 1
+    rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,20 +127,29 @@ def window_starts(length: int, window: int, draw: random.Random) -> list[int]:
     return [place * window - overlaps[place] for place in range(count)]
 
 
-def plan_batches(songs: Sequence[Song], *, batch_size: int, chunk_seconds: float, repeats: int, seed: int) -> Plan:
+def plan_batches(
+    songs: Sequence[Song], *, batch_size: int, chunk_seconds: float, repeats: int, seed: int, few_lengths: bool = False
+) -> Plan:
     """Group songs by length: windows of one length, else equal lengths, else lengths within a second of each other.
 
-    Songs shorter than the window are trained whole, with those of their own length.
+    Songs shorter than the window are trained whole, with those of their own length. `few_lengths` is for captured
+    passes: lengths are multiples of 16 frames, and songs within four seconds of each other share one; which part of a
+    song is left out is drawn anew in every epoch.
     """
     chunk_frames = round(chunk_seconds * FRAMES_PER_SECOND)
+    if few_lengths and chunk_frames > LENGTH_STEP:
+        chunk_frames -= chunk_frames % LENGTH_STEP
     windowed = tuple(at for at, song in enumerate(songs) if chunk_frames and song.frames >= chunk_frames)
     groups = [LengthGroup(chunk_frames, windowed)] if windowed else []
     whole = sorted(set(range(len(songs))) - set(windowed), key=lambda at: (songs[at].frames, at))
     tolerance = CROP_LIMIT if batch_size > 1 else 1
+    if few_lengths:
+        tolerance = FEW_LENGTHS_LIMIT
     while whole:
         shortest = songs[whole[0]].frames
         members = [at for at in whole if songs[at].frames < shortest + tolerance]
-        groups.append(LengthGroup(shortest, tuple(sorted(members))))
+        frames = shortest - shortest % LENGTH_STEP if few_lengths and shortest > LENGTH_STEP else shortest
+        groups.append(LengthGroup(frames, tuple(sorted(members))))
         whole = whole[len(members) :]
     return Plan(
         songs=tuple(songs),
@@ -211,28 +223,41 @@ class Draws(Dataset["_Item | SidestepError"]):
         return _Item(latents_TC, context_TC, condition_LD, noise_TC, timestep_1, is_dropped_1, song.path.stem)
 
 
-def collate(results: Sequence[_Item | SidestepError]) -> Batch | SidestepError:
-    """Stack samples of equal length; prompts of unequal length are padded behind a mask that cross-attention heeds."""
-    items = []
-    for result in results:
-        if isinstance(result, SidestepError):
-            return result
-        items.append(result)
-    lengths = [item.condition_LD.shape[0] for item in items]
-    condition_BLD = torch.nn.utils.rnn.pad_sequence([item.condition_LD for item in items], batch_first=True)
-    rows_BL = None
-    if min(lengths) != max(lengths):
-        rows_BL = torch.arange(max(lengths))[None, :] < torch.tensor(lengths)[:, None]
-    task = Task(
-        latents_BTC=torch.stack([item.latents_TC for item in items]),
-        context_BTC=torch.stack([item.context_TC for item in items]),
-        condition_BLD=condition_BLD,
-        rows_BL=rows_BL,
-        noise_BTC=torch.stack([item.noise_TC for item in items]),
-        timesteps_B=torch.cat([item.timestep_1 for item in items]),
-        is_dropped_B=torch.cat([item.is_dropped_1 for item in items]),
-    )
-    return Batch(task, tuple(item.name for item in items))
+@dataclass(frozen=True, slots=True)
+class Collate:
+    """Stacks samples of equal length; prompts of unequal length are padded behind a mask that cross-attention heeds.
+
+    `rows`: pad every prompt to so many rows at least, so that one captured pass serves all; 0 pads to the longest.
+    """
+
+    rows: int = 0
+
+    def __call__(self, results: Sequence[_Item | SidestepError]) -> Batch | SidestepError:
+        """Return the batch, or the first error among its samples."""
+        items = []
+        for result in results:
+            if isinstance(result, SidestepError):
+                return result
+            items.append(result)
+        condition_BLD, rows_BL = self._pad([item.condition_LD for item in items])
+        task = Task(
+            latents_BTC=torch.stack([item.latents_TC for item in items]),
+            context_BTC=torch.stack([item.context_TC for item in items]),
+            condition_BLD=condition_BLD,
+            rows_BL=rows_BL,
+            noise_BTC=torch.stack([item.noise_TC for item in items]),
+            timesteps_B=torch.cat([item.timestep_1 for item in items]),
+            is_dropped_B=torch.cat([item.is_dropped_1 for item in items]),
+        )
+        return Batch(task, tuple(item.name for item in items))
+
+    def _pad(self, conditions: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        lengths = [condition.shape[0] for condition in conditions]
+        longest = max(self.rows, *lengths)
+        if min(lengths) == longest:
+            return torch.stack(list(conditions)), None
+        padded = [torch.nn.functional.pad(c, (0, 0, 0, longest - c.shape[0])) for c in conditions]
+        return torch.stack(padded), torch.arange(longest)[None, :] < torch.tensor(lengths)[:, None]
 
 
 @dataclass(slots=True)
@@ -279,6 +304,7 @@ class Batches:
     pin_memory: bool
     prefetch_factor: int
     persistent_workers: bool
+    rows: int = 0
     _order: _EpochOrder = field(init=False)
     _loader: DataLoader[_Item | SidestepError] = field(init=False)
 
@@ -287,7 +313,7 @@ class Batches:
         self._loader = DataLoader(
             self.draws,
             batch_sampler=self._order,  # type: ignore[arg-type]
-            collate_fn=collate,
+            collate_fn=Collate(self.rows),
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             prefetch_factor=self.prefetch_factor if self.num_workers else None,

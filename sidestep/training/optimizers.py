@@ -1,8 +1,9 @@
 """The optimizers; a missing one is an error with the remedy, never another optimizer."""
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch.nn import Parameter
@@ -10,43 +11,53 @@ from torch.optim import Optimizer
 
 from sidestep.errors import ConfigError
 
-Make = Callable[[Sequence[Parameter], float, float, torch.device], Optimizer]
+Groups = list[dict[str, Any]]
+Make = Callable[[Groups, float, torch.device], Optimizer]
 
 
-def _adamw(parameters: Sequence[Parameter], lr: float, weight_decay: float, device: torch.device) -> Optimizer:
+def _adamw(groups: Groups, lr: float, device: torch.device) -> Optimizer:
     # Fused: one kernel for all tensors where the device has it.
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=device.type in ("cuda", "xpu"))
+    return torch.optim.AdamW(groups, lr=lr, fused=device.type in ("cuda", "xpu"))
 
 
-def _adamw8bit(parameters: Sequence[Parameter], lr: float, weight_decay: float, device: torch.device) -> Optimizer:
+def _adamw8bit(groups: Groups, lr: float, device: torch.device) -> Optimizer:
     if device.type == "mps":
         raise ConfigError("adamw8bit does not run on MPS.", hint="Use --optimizer-type adamw or adafactor.")
-    return _package("bitsandbytes", "adamw8bit").optim.AdamW8bit(parameters, lr=lr, weight_decay=weight_decay)
+    return _package("bitsandbytes", "adamw8bit").optim.AdamW8bit(groups, lr=lr)
 
 
-def _adafactor(parameters: Sequence[Parameter], lr: float, weight_decay: float, device: torch.device) -> Optimizer:
+def _adafactor(groups: Groups, lr: float, device: torch.device) -> Optimizer:
     # A fixed learning rate, as with the others: Adafactor's own relative step would ignore --lr and the schedule.
     adafactor = _package("transformers.optimization", "adafactor").Adafactor
-    return adafactor(
-        parameters, lr=lr, weight_decay=weight_decay, scale_parameter=False, relative_step=False, warmup_init=False
-    )
+    return adafactor(groups, lr=lr, scale_parameter=False, relative_step=False, warmup_init=False)
 
 
-def _prodigy(parameters: Sequence[Parameter], lr: float, weight_decay: float, device: torch.device) -> Optimizer:
+def _prodigy(groups: Groups, lr: float, device: torch.device) -> Optimizer:
     # Settings its authors recommend for diffusion models: bias correction and a guarded warm-up.
-    return _package("prodigyopt", "prodigy").Prodigy(
-        parameters, lr=lr, weight_decay=weight_decay, use_bias_correction=True, safeguard_warmup=True
-    )
+    return _package("prodigyopt", "prodigy").Prodigy(groups, lr=lr, use_bias_correction=True, safeguard_warmup=True)
 
 
 OPTIMIZERS: dict[str, Make] = {"adamw": _adamw, "adamw8bit": _adamw8bit, "adafactor": _adafactor, "prodigy": _prodigy}
 
 
 def make_optimizer(
-    name: str, parameters: Sequence[Parameter], *, lr: float, weight_decay: float, device: torch.device
+    name: str, parameters: Mapping[str, Parameter], *, lr: float, weight_decay: float, device: torch.device
 ) -> Optimizer:
-    """Return the optimizer of that name over `parameters`; ConfigError when its package is missing."""
-    return OPTIMIZERS[name](parameters, lr, weight_decay, device)
+    """Return the optimizer of that name over an adapter's parameters; ConfigError when its package is missing.
+
+    Weight decay pulls matrices towards no change. Magnitudes, scalars and biases are not decayed: for them zero is no
+    rest but another model.
+    """
+    decayed = [p for key, p in parameters.items() if _is_matrix(key, p)]
+    kept = [p for key, p in parameters.items() if not _is_matrix(key, p)]
+    groups: Groups = [{"params": decayed, "weight_decay": weight_decay}]
+    if kept:
+        groups.append({"params": kept, "weight_decay": 0.0})
+    return OPTIMIZERS[name](groups, lr, device)
+
+
+def _is_matrix(name: str, parameter: Parameter) -> bool:
+    return parameter.dim() > 1 and not name.endswith("dora_scale")
 
 
 def _package(module: str, optimizer: str) -> ModuleType:

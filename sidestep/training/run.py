@@ -4,10 +4,12 @@ import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 
 from sidestep.config.runs import CHECKPOINTS, checkpoint_name
+from sidestep.config.train import TrainConfig
 from sidestep.errors import DataError, NonFiniteError, ReadingError, RunError
 from sidestep.events import AdapterSaved, CheckpointSaved, Emit, RunDone, RunStarted, Validated
 from sidestep.preprocess.tensors import FRAMES_PER_SECOND
@@ -15,24 +17,37 @@ from sidestep.training.adapters.base import current_values
 from sidestep.training.assemble import Run
 from sidestep.training.checkpoints import Snapshot, save_adapter, save_checkpoint
 from sidestep.training.loop import Hooks, Reason, train
+from sidestep.training.state import TrainState
 from sidestep.training.validation import held_out_loss
 
 
-def carry_out(run: Run, *, emit: Emit, stop_requested: Callable[[], bool]) -> Reason:
+class Listener(Protocol):
+    """Is called before the first step, after each epoch, and once more when training has ended."""
+
+    def __call__(self, state: TrainState, *, is_last: bool) -> None:
+        """Render samples, if it is time."""
+        ...
+
+
+def carry_out(
+    run: Run, *, emit: Emit, stop_requested: Callable[[], bool], listen: Listener = lambda state, *, is_last: None
+) -> Reason:
     """Train to the end, or until a stop is requested; checkpoints and the final adapter are on disk afterwards."""
     emit(_started(run))
     hooks = Hooks(
         save=lambda: _save(run, emit),
         after_step=lambda: run.ema.update(run.state.step) if run.ema else None,
-        after_epoch=lambda: _after_epoch(run, emit),
+        after_epoch=lambda: _after_epoch(run, emit, listen),
         stop_requested=stop_requested,
     )
     with _saving_on_failure(run, emit):
         if run.held_out and run.state.step == 0:
             _validate(run, emit)
+        listen(run.state, is_last=False)
         reason = train(run.state, stepper=run.stepper, batches=run.batches, pace=run.pace, hooks=hooks, emit=emit)
     if reason != "interrupted":
         _save_final(run, emit)
+        listen(run.state, is_last=True)
     resume = resume_command(run) if reason == "interrupted" else ""
     emit(RunDone(step=run.state.step, epoch=run.state.epoch, reason=reason, resume_command=resume))
     return reason
@@ -53,7 +68,7 @@ def _started(run: Run) -> RunStarted:
             "torch.", ""
         ),
         "Songs": f"{len(plan.songs)} ({minutes:.1f} min)" + (f", {len(run.held_out)} held out" if run.held_out else ""),
-        "Adapter": f"{config.adapter_type}, rank {config.rank}, {len(run.adapter.modules)} modules, "
+        "Adapter": f"{config.adapter_type}, {_ranks(config)}, {len(run.adapter.modules)} modules, "
         f"{parameters / 1e6:.2f} M parameters",
         "Optimizer": f"{config.optimizer_type}, lr {pace.lr:g}, {pace.schedule}",
         "Batch": f"{config.batch_size} x {config.gradient_accumulation} = {passes} samples a step",
@@ -69,7 +84,12 @@ def _started(run: Run) -> RunStarted:
     )
 
 
-def _after_epoch(run: Run, emit: Emit) -> bool:
+def _ranks(config: TrainConfig) -> str:
+    return f"rank {config.rank}" if config.rank_map is None else f"ranks of {config.rank_map.name}"
+
+
+def _after_epoch(run: Run, emit: Emit, listen: Listener) -> bool:
+    listen(run.state, is_last=False)
     if not run.held_out:
         return True
     _validate(run, emit)

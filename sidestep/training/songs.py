@@ -32,7 +32,7 @@ def find_songs(folder: Path, checkpoint: Checkpoint, *, emit: Emit) -> list[Song
                 hint="Each model has its own condition encoder. Preprocess the songs with this one: "
                 f"--preprocess --model-variant {checkpoint.variant}",
             )
-        songs.append(Song(path, header.frames, header.repeat))
+        songs.append(Song(path, header.frames, header.repeat, header.rows))
     if unknown:
         emit(
             Notice(

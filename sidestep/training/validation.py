@@ -19,11 +19,15 @@ BANDS = 5
 
 @dataclass(frozen=True, slots=True)
 class HeldOutLoss:
-    """The mean over held-out songs, its standard error (None for one song), and the mean in each band of timesteps."""
+    """The mean over held-out songs, its standard error (None for one song), and the mean in each band of timesteps.
+
+    `songs` are the losses of the songs themselves, for comparing two adapters song by song.
+    """
 
     mean: float
     standard_error: float | None
     bands: Mapping[str, float]
+    songs: Sequence[float]
 
 
 def held_out_loss(model: Model, songs: Sequence[Song], law: Sampler) -> HeldOutLoss:
@@ -43,7 +47,7 @@ def held_out_loss(model: Model, songs: Sequence[Song], law: Sampler) -> HeldOutL
     model.decoder.train(was_training)
     mean = sum(per_song) / len(per_song)
     bands = {band: sum(values) / len(values) for band, values in sorted(per_band.items())}
-    return HeldOutLoss(mean, _standard_error(per_song, mean), bands)
+    return HeldOutLoss(mean, standard_error(per_song), bands, per_song)
 
 
 def _question(song: Song, place: int, timestep: torch.Tensor) -> Task:
@@ -67,8 +71,10 @@ def _band(timestep: float) -> str:
     return f"{band / BANDS:.1f}-{(band + 1) / BANDS:.1f}"
 
 
-def _standard_error(values: Sequence[float], mean: float) -> float | None:
+def standard_error(values: Sequence[float]) -> float | None:
+    """Return the standard error of the mean of these values; None for a single one."""
     if len(values) < 2:
         return None
+    mean = sum(values) / len(values)
     variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
     return math.sqrt(variance / len(values))

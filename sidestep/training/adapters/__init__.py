@@ -4,13 +4,16 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from sidestep.config.rank_map import read_rank_map
 from sidestep.config.train import TrainConfig
 from sidestep.training.adapters.base import Adapter
 from sidestep.training.adapters.lora import attach_lora
 from sidestep.training.adapters.lycoris import attach_loha, attach_lokr
+from sidestep.training.directions import read_directions
 
 
 def _lora(decoder: nn.Module, modules: Sequence[str], config: TrainConfig) -> Adapter:
+    ranks = read_rank_map(config.rank_map).ranks if config.rank_map else {}
     return attach_lora(
         decoder,
         modules,
@@ -20,6 +23,8 @@ def _lora(decoder: nn.Module, modules: Sequence[str], config: TrainConfig) -> Ad
         bias=config.bias,
         use_rslora=config.use_rslora,
         use_dora=config.adapter_type == "dora",
+        ranks=ranks,
+        start=read_directions(config.rank_map, ranks) if config.rank_map and config.rank_map_start else {},
     )
 
 

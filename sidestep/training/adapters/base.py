@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from sidestep.config.train import TARGET_MODULES
+from sidestep.config.adapter import TARGET_MODULES
 from sidestep.errors import ModelError
 from sidestep.model.names import to_diffusers, to_original
 

@@ -9,13 +9,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import Parameter
+from torch.nn import Parameter, functional
 
 from sidestep.errors import ModelError
 from sidestep.model.names import to_diffusers, to_original
@@ -29,24 +29,30 @@ _RANK_AT = {"A.weight": 0, "B.weight": 1}  # A is [rank, in], B is [out, rank].
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraAdapter:
-    """A LoRA or DoRA adapter on a decoder. `targets` are the suffixes by which PEFT finds its modules."""
+    """A LoRA or DoRA adapter on a decoder. `targets` are the suffixes by which PEFT finds its modules.
+
+    Modules may have ranks and scales of their own. Other programs mis-scale such adapters, so what is written has the
+    largest rank everywhere: smaller ones are padded with zeros, which changes nothing.
+    """
 
     modules: Sequence[str]
     parameters: Mapping[str, Parameter]
     remarks: Sequence[str]
     targets: Sequence[str]
-    rank: int
-    scaling: float
+    ranks: Mapping[str, int]
+    scalings: Mapping[str, float]
     dropout: float
     bias: str
     is_dora: bool
 
+    @property
+    def rank(self) -> int:
+        """Return the one rank of the adapter that is written."""
+        return max(self.ranks.values())
+
     def write(self, folder: Path, values: Mapping[str, Tensor], *, about: Mapping[str, str]) -> None:
-        """Write adapter_config.json and adapter_model.safetensors, the scale folded into B."""
-        tensors = {
-            PREFIX + name: (value * self.scaling if name.endswith("lora_B.weight") else value).contiguous()
-            for name, value in values.items()
-        }
+        """Write adapter_config.json and adapter_model.safetensors, the scale folded into B, all of one rank."""
+        tensors = {PREFIX + name: self._plain(name, value).contiguous() for name, value in values.items()}
         save_file(tensors, folder / LORA_FILE, metadata={"format": "pt", **about})
         config = {
             "peft_type": "LORA",
@@ -63,8 +69,19 @@ class LoraAdapter:
         }
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
+    def _plain(self, name: str, value: Tensor) -> Tensor:
+        """Return a tensor as it is written: B times the module's scale, A and B padded to the common rank."""
+        missing = self.rank - self.ranks.get(_module_of(name), self.rank)
+        if name.endswith("lora_A.weight"):
+            return functional.pad(value, (0, 0, 0, missing))
+        if name.endswith("lora_B.weight"):
+            return functional.pad(value * self.scalings[_module_of(name)], (0, missing))
+        return value
+
     def read(self, path: Path) -> None:
         """Take over a PEFT adapter of the same or smaller ranks; its effect is the same whatever its alpha was.
+
+        Ranks beyond those here are no obstacle where they are the zeros of padding.
 
         Modules that the adapter leaves alone keep their fresh, ineffective weights.
         """
@@ -84,18 +101,28 @@ class LoraAdapter:
         missing = [name for name in self.parameters if _module_of(name) in touched and name not in tensors]
         if missing or not tensors:
             raise ModelError(f"{folder} is incomplete: {missing[0] if missing else 'every tensor'} is missing.")
+        scales = {name: _scaling_in(config, name) for name in tensors}
+        tensors = {name: self._unpadded(name, value) for name, value in tensors.items()}
         for name, value in tensors.items():
             self._check(name, value)
         with torch.no_grad():
             for name, value in tensors.items():
-                self._take(name, value, _scaling_in(config, name) / self.scaling)
+                self._take(name, value, scales[name] / self.scalings.get(_module_of(name), 1.0))
+
+    def _unpadded(self, name: str, value: Tensor) -> Tensor:
+        """Return the tensor without ranks beyond the module's own that hold nothing but zeros."""
+        rank, rank_at = self.ranks.get(_module_of(name)), _RANK_AT.get(name.rsplit(".lora_", 1)[-1])
+        if rank is None or rank_at is None or value.dim() != 2 or value.shape[rank_at] <= rank:
+            return value
+        kept, surplus = value.split([rank, value.shape[rank_at] - rank], dim=rank_at)
+        return value if surplus.any() else kept
 
     def _check(self, name: str, value: Tensor) -> None:
         """Raise ModelError unless the tensor has its parameter's shape, but for a smaller rank."""
         wanted, rank_at = tuple(self.parameters[name].shape), _RANK_AT.get(name.rsplit(".lora_", 1)[-1])
         found = tuple(value.shape)
-        if rank_at is not None and len(found) == 2 and found[rank_at] <= self.rank:
-            found = tuple(self.rank if at == rank_at else size for at, size in enumerate(found))
+        if rank_at is not None and len(found) == 2 and found[rank_at] <= wanted[rank_at]:
+            found = tuple(wanted[rank_at] if at == rank_at else size for at, size in enumerate(found))
         if found != wanted:
             raise ModelError(
                 f"{name} is {list(value.shape)} in that adapter and {list(wanted)} here.",
@@ -124,10 +151,20 @@ def attach_lora(
     bias: str = "none",
     use_rslora: bool = False,
     use_dora: bool = False,
+    ranks: Mapping[str, int] | None = None,
+    start: Mapping[str, Tensor] | None = None,
 ) -> LoraAdapter:
-    """Put LoRA on `modules` (original names) of a frozen decoder. B starts at zero, so nothing changes at first."""
+    """Put LoRA on `modules` (original names) of a frozen decoder. B starts at zero, so nothing changes at first.
+
+    `ranks` are modules' own ranks; their scale stays alpha / rank (alpha / sqrt(own rank) with `use_rslora`). `start`
+    are unit directions [rank, inputs] that a module's A starts from, at the length that it would have anyway.
+    """
     freeze(decoder)
+    ranks = {name: (ranks or {}).get(name, rank) for name in modules}
+    alphas = {name: alpha if use_rslora else alpha * own / rank for name, own in ranks.items()}
     config = LoraConfig(
+        rank_pattern={to_diffusers(name): own for name, own in ranks.items() if own != rank},
+        alpha_pattern={to_diffusers(name): own for name, own in alphas.items() if own != alpha},  # pyright: ignore[reportArgumentType]
         r=rank,
         lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  PEFT divides it by r, whole or not.
         lora_dropout=dropout,
@@ -141,17 +178,26 @@ def attach_lora(
     trained = {_original_name(name): parameter for name, parameter in trained_parameters(decoder).items()}
     if use_dora:
         _set_magnitudes(decoder, modules)
+    _start_from(start or {}, trained)
     return LoraAdapter(
         modules=tuple(modules),
         parameters=trained,
         remarks=_remarks(modules, trained, bias=bias, is_dora=use_dora),
         targets=targets,
-        rank=rank,
-        scaling=alpha / rank**0.5 if use_rslora else alpha / rank,
+        ranks=ranks,
+        scalings={name: alphas[name] / (own**0.5 if use_rslora else own) for name, own in ranks.items()},
         dropout=dropout,
         bias=bias,
         is_dora=use_dora,
     )
+
+
+def _start_from(start: Mapping[str, Tensor], trained: Mapping[str, Parameter]) -> None:
+    """Give A these directions. Its rows are drawn from U(-1, 1) / sqrt(inputs), whose length is sqrt(1 / 3)."""
+    with torch.no_grad():
+        for name, directions in start.items():
+            parameter = trained[f"{name}.lora_A.weight"]
+            parameter.copy_(functional.normalize(directions.to(parameter), dim=1) / 3**0.5)
 
 
 def _set_magnitudes(decoder: nn.Module, modules: Sequence[str]) -> None:
@@ -160,9 +206,9 @@ def _set_magnitudes(decoder: nn.Module, modules: Sequence[str]) -> None:
     PEFT computes them in the weights' own format: in bfloat16 the untrained adapter would change rows by up to 0.4 %.
     """
     for name in modules:
-        base = f"{to_diffusers(name)}.base_layer.weight"
+        base = decoder.get_submodule(f"{to_diffusers(name)}.base_layer")
         magnitude = decoder.get_parameter(f"{to_diffusers(name)}.lora_magnitude_vector.default.weight")
-        magnitude.data = decoder.get_parameter(base).detach().float().norm(dim=1)
+        magnitude.data = cast("nn.Linear", base).weight.detach().float().norm(dim=1)
 
 
 def _remarks(modules: Sequence[str], trained: Mapping[str, Parameter], *, bias: str, is_dora: bool) -> list[str]:

@@ -1,0 +1,197 @@
+"""rank_map.json: which modules get an adapter and of which rank, as `estimate` found and `--rank-map` takes it.
+
+The file says which model, songs and objective it was made for; a map that was made for others is refused. It holds no
+time and no path: the same estimate writes the same bytes.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from sidestep.config.places import write_text
+from sidestep.config.recipe import Recipe
+from sidestep.errors import DataError, ModelError
+
+RANK_MAP_FILE = "rank_map.json"
+RANK_MAP_FORMAT = 1
+DIRECTIONS_SUFFIX = ".safetensors"
+MAP_LIMIT = 10_000_000  # bytes; XL has 352 modules at 300 bytes each
+MAX_RANK = 4096
+AGAIN = "Make it anew: train.py estimate with the same --model-variant and --dataset-dir as this run."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleRank:
+    """One module: `rank` (0 excludes it), the parameters a rank costs (in + out), and what was measured.
+
+    `score` is what the method ranks by, `low` and `high` its 95 % interval over songs (None where the method has none).
+    `stands_out`: the score is beyond chance, also among so many modules. `gradient_norm` is the mean over draws.
+    """
+
+    name: str
+    rank: int
+    cost: int
+    score: float
+    low: float | None = None
+    high: float | None = None
+    stands_out: bool = False
+    gradient_norm: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """What a map was made for and how. The fingerprints decide whether it fits a run; the rest is for people."""
+
+    sidestep_version: str
+    method: str
+    granularity: str
+    seed: int
+    draws: int
+    songs: int
+    timestep_range: tuple[float, float]
+    model_variant: str
+    model: str
+    dataset: str
+    recipe: str
+    objective: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """The parameters a map may spend and does spend, and the bounds of its ranks.
+
+    `suggested_rank` and `suggested_parameters`: the smallest uniform rank, and the smallest size of a map, that capture
+    90 % of the usable signal; None where nothing usable was found.
+    """
+
+    parameters: int
+    spent: int
+    rank_min: int
+    rank_max: int
+    suggested_rank: int | None = None
+    suggested_parameters: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankMap:
+    """All modules that were looked at, in the model's order."""
+
+    origin: Origin
+    budget: Budget
+    modules: tuple[ModuleRank, ...]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Return the modules that get an adapter, and its rank."""
+        return {module.name: module.rank for module in self.modules if module.rank}
+
+    def check_fits(self, *, model: str, dataset: str, recipe: str, source: Path) -> None:
+        """Refuse a map that was made for another model, other songs or another objective."""
+        if self.origin.model != model:
+            raise ModelError(f"{source} was made for another model ({self.origin.model_variant}).", hint=AGAIN)
+        if self.origin.dataset != dataset:
+            raise DataError(
+                f"{source} was made for other songs ({self.origin.songs} of them), or they changed since.", hint=AGAIN
+            )
+        if self.origin.recipe != recipe:
+            raise DataError(
+                f"{source} was made for another objective ({self.origin.objective}).",
+                hint=f"{AGAIN} Timesteps, condition dropout and weighting must be the same.",
+            )
+
+
+def recipe_fingerprint(recipe: Recipe) -> str:
+    """Identify an objective by its numbers; two recipes that train alike have the same."""
+    numbers = {name: value for name, value in asdict(recipe).items() if name != "name"}
+    if recipe.timestep_mode != "discrete":
+        del numbers["shift"]
+    if recipe.loss_weighting == "none":
+        del numbers["snr_gamma"]
+    return f"sha256:{hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()}"
+
+
+def write_rank_map(path: Path, rank_map: RankMap) -> None:
+    """Write a map in one move; the same map gives the same bytes."""
+    content = {"format_version": RANK_MAP_FORMAT, **asdict(rank_map)}
+    write_text(path, json.dumps(_rounded(content), indent=1, allow_nan=False) + "\n")
+
+
+def read_rank_map(path: Path) -> RankMap:
+    """Read a map; DataError when it is missing, damaged, of another format or self-contradictory."""
+    if path.is_dir():
+        path = path / RANK_MAP_FILE
+    if not path.is_file():
+        raise DataError(f"There is no rank map {path}.", hint="Make it: train.py estimate --dataset-dir TENSORS")
+    content = _read_object(path)
+    if content.get("format_version") != RANK_MAP_FORMAT:
+        raise DataError(
+            f"{path} has format {content.get('format_version')}; this Side-Step reads {RANK_MAP_FORMAT}.", hint=AGAIN
+        )
+    try:
+        rank_map = RankMap(
+            origin=_origin(content["origin"]),
+            budget=Budget(**content["budget"]),
+            modules=tuple(ModuleRank(**module) for module in content["modules"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path} is not a rank map: {error}.", hint=AGAIN) from error
+    _check(rank_map, path)
+    return rank_map
+
+
+def directions_file(path: Path) -> Path:
+    """Return where the input directions of a map lie: beside it."""
+    return path.with_suffix(DIRECTIONS_SUFFIX)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > MAP_LIMIT:
+        raise DataError(f"{path} is too large to be a rank map.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not valid JSON: {error}.", hint=AGAIN) from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} is not a rank map.", hint=AGAIN)
+    return content
+
+
+def _origin(content: Mapping[str, Any]) -> Origin:
+    low, high = content["timestep_range"]
+    return Origin(**{**content, "timestep_range": (low, high)})
+
+
+def _check(rank_map: RankMap, path: Path) -> None:
+    names = [module.name for module in rank_map.modules]
+    good = (
+        len(set(names)) == len(names)
+        and all(isinstance(name, str) for name in names)
+        and all(_is_whole(m.rank) and 0 <= m.rank <= MAX_RANK and _is_whole(m.cost) for m in rank_map.modules)
+        and all(isinstance(getattr(rank_map.origin, key), str) for key in ("model", "dataset", "recipe"))
+        and sum(m.rank * m.cost for m in rank_map.modules) == rank_map.budget.spent
+    )
+    if not good:
+        raise DataError(f"{path} contradicts itself: it was changed by hand or damaged.", hint=AGAIN)
+    if not rank_map.ranks:
+        raise DataError(f"{path} leaves no module to train.", hint=AGAIN)
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _rounded(value: Any) -> Any:
+    """Round numbers to eight digits: the last ones of a sum depend on the machine, not on the music."""
+    match value:
+        case float() if math.isfinite(value):
+            return float(f"{value:.8g}")
+        case dict():
+            return {key: _rounded(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_rounded(item) for item in value]
+        case _:
+            return value

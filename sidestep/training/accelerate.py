@@ -1,0 +1,71 @@
+"""How fast a run may go here: whether passes are captured as CUDA graphs, and whether blocks are compiled.
+
+Neither changes what is computed. What cannot be had is said in one line, and training goes on the plain way.
+"""
+
+import importlib.util
+import shutil
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+
+from sidestep.errors import ConfigError
+from sidestep.events import Emit, Notice
+from sidestep.model.attention import blocks_of
+from sidestep.training.passes import CapturedPasses, EagerPasses, Model, Passes
+
+# A compiled pass saves some 30 ms on a large card and more on a small one; compiling takes about 40 s.
+WORTH_COMPILING = 1500  # passes
+# One compilation for each kind of block; more than torch's default of 8, in case lengths or modes add some.
+COMPILATIONS = 64
+
+
+def can_capture(device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether passes can be CUDA graphs: on CUDA, but in float16, whose loss scaling decides on the CPU."""
+    return device.type == "cuda" and dtype != torch.float16
+
+
+def why_not_compile(device: torch.device) -> str:
+    """Return what keeps blocks from being compiled on this machine; nothing when they can be."""
+    if device.type != "cuda":
+        return f"compiled blocks need CUDA, and this runs on {device.type}"
+    if torch.cuda.get_device_capability(device) < (7, 0):
+        return "this GPU is too old for Triton"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if sys.platform != "win32" and not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
+        return "Triton needs a C compiler (gcc)"
+    return ""
+
+
+def wants_compile(asked: bool | None, device: torch.device, *, passes: int, emit: Emit) -> bool:
+    """Decide on compiling: as asked, else where it can be had and the run is long enough to get its time back.
+
+    ConfigError when it was asked for and cannot be had.
+    """
+    reason = why_not_compile(device)
+    if asked and reason:
+        raise ConfigError(f"--compile cannot be had here: {reason}.", hint="Leave it out; the numbers are the same.")
+    if asked is None and device.type == "cuda":
+        if reason:
+            emit(Notice(text=f"Blocks are not compiled ({reason}): training is the same, and slower."))
+        return not reason and passes >= WORTH_COMPILING
+    return bool(asked)
+
+
+def make_passes(model: Model, scaler: GradScaler) -> Passes:
+    """Return captured passes where there can be any, else eager ones."""
+    if can_capture(model.device, model.dtype):
+        return CapturedPasses(model=model)
+    return EagerPasses(model=model, scaler=scaler)
+
+
+def compile_blocks(model: Model, *, any_length: bool) -> None:
+    """Have the decoder's blocks compiled at their first use; `any_length` when a run has several lengths."""
+    torch._dynamo.config.recompile_limit = COMPILATIONS
+    blocks: list[Callable[..., Tensor]] = [torch.compile(block) for block in blocks_of(model.decoder)]
+    model.compiled_blocks = blocks
+    model.any_length = any_length

@@ -1,0 +1,101 @@
+"""The decoder with its adapter, and the stepper that trains it."""
+
+import torch
+from diffusers.models.transformers.ace_step_transformer import AceStepTransformer1DModel
+from torch.amp.grad_scaler import GradScaler
+
+from sidestep.config.rank_map import RankMap
+from sidestep.config.recipe import Recipe, learning_rate_of
+from sidestep.config.train import TrainConfig
+from sidestep.events import Emit, Notice
+from sidestep.model.attention import use_processors
+from sidestep.model.checkpoint import Checkpoint
+from sidestep.model.device import reset_memory_peak
+from sidestep.model.dropout import seed_dropout
+from sidestep.model.loading import load_decoder, load_null_condition
+from sidestep.model.quantize import quantize_blocks
+from sidestep.training.accelerate import can_capture, make_passes
+from sidestep.training.adapters import ADAPTERS
+from sidestep.training.adapters.base import Adapter, target_names
+from sidestep.training.objective import MinSnr
+from sidestep.training.optimizers import make_optimizer
+from sidestep.training.passes import Model
+from sidestep.training.step import Stepper
+from sidestep.training.timesteps import Sampler
+
+CPU = torch.device("cpu")
+
+
+def build_stepper(
+    config: TrainConfig,
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    rank_map: RankMap | None,
+    *,
+    sampler: Sampler,
+    device: torch.device,
+    dtype: torch.dtype,
+    emit: Emit,
+) -> tuple[Adapter, Stepper]:
+    """Load the decoder, attach the adapter that was asked for, and return it with the stepper that trains it."""
+    reset_memory_peak(device)
+    decoder = _decoder(config, checkpoint, device=device, dtype=dtype)
+    layers = len(decoder.layers)
+    modules = target_names(layers, attention_type=config.attention_type, target_modules=config.target_modules)
+    torch.manual_seed(config.seed)
+    adapter = ADAPTERS[config.adapter_type](decoder, list(rank_map.ranks) if rank_map else modules, config)
+    for remark in adapter.remarks:
+        emit(Notice(text=remark, level="warning"))
+    if config.init_from:
+        adapter.read(config.init_from)
+    decoder.train()
+    model = Model(
+        decoder=decoder,
+        cross_attention=use_processors(decoder, device=device, dtype=dtype),
+        null_condition=load_null_condition(checkpoint, device=device, dtype=dtype),
+        weighting=MinSnr.normed(recipe.snr_gamma, sampler) if recipe.loss_weighting == "min_snr" else None,
+        recompute=recomputed_blocks(
+            layers, config.gradient_checkpointing_ratio if config.gradient_checkpointing else 0.0
+        ),
+        dropout_seed=seed_dropout(decoder, config.dropout),
+        device=device,
+        dtype=dtype,
+    )
+    return adapter, _stepper(config, model, adapter)
+
+
+def _decoder(
+    config: TrainConfig, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype
+) -> AceStepTransformer1DModel:
+    if config.quantize == "none":
+        return load_decoder(checkpoint, device=device, dtype=dtype)
+    decoder = load_decoder(checkpoint, device=CPU, dtype=dtype)
+    quantize_blocks(decoder, config.quantize, device=device)
+    return decoder
+
+
+def _stepper(config: TrainConfig, model: Model, adapter: Adapter) -> Stepper:
+    optimizer = make_optimizer(
+        config.optimizer_type,
+        adapter.parameters,
+        lr=learning_rate_of(config),
+        weight_decay=config.weight_decay,
+        device=model.device,
+    )
+    scaler = GradScaler(model.device.type, enabled=model.dtype == torch.float16)
+    return Stepper(
+        model=model,
+        passes=make_passes(model, scaler),
+        parameters=adapter.parameters,
+        modules=adapter.modules,
+        optimizer=optimizer,
+        max_grad_norm=config.max_grad_norm,
+        scaler=scaler,
+        guards_itself=config.optimizer_type == "adamw" and can_capture(model.device, model.dtype),
+    )
+
+
+def recomputed_blocks(blocks: int, ratio: float) -> list[bool]:
+    """Say of each block whether the backward pass recomputes it; a part of them is spread evenly."""
+    count = round(blocks * ratio)
+    return [place * count // blocks < (place + 1) * count // blocks for place in range(blocks)]
