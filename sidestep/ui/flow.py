@@ -1,7 +1,7 @@
 """A flow: the questions before an action, what they come to, and what to show of it before it starts."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sidestep.errors import SidestepError
@@ -28,8 +28,9 @@ class Flow:
     """What contradicts itself, in the words of the command line."""
     preset: Callable[[Form, str], str] | None = None
     """Saves the settings as a preset of this name and says where; None where there is nothing to save."""
-    given: dict[str, Any] = field(default_factory=dict)
-    """Answers to begin with."""
+    base: Callable[[Form], Mapping[str, Any]] = lambda form: {}
+    """The settings that the review compares with, by name, in place of the defaults."""
+    base_name: str = "the default"
 
     def groups(self, form: Form) -> list[str]:
         """The groups of settings that can be changed, in the order of their questions."""

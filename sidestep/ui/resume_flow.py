@@ -30,6 +30,8 @@ def resume_flow(session: Session) -> Flow:
         plan=_plan,
         facts=_facts,
         problem=_problem,
+        base=lambda form: run.settings if (run := run_of(form)) else {},
+        base_name="the run so far",
     )
 
 

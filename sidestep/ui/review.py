@@ -14,7 +14,7 @@ INDENT = 2
 
 def show_review(console: Console, flow: Flow, form: Form) -> SidestepError | None:
     """Print the settings by group, the facts and the command line; or, and return it, what contradicts itself."""
-    review(console, _groups(flow, form))
+    review(console, _groups(flow, form), base=flow.base_name)
     problem = flow.problem(form)
     if problem:
         console.print()
@@ -29,16 +29,18 @@ def show_review(console: Console, flow: Flow, form: Form) -> SidestepError | Non
 
 
 def _groups(flow: Flow, form: Form) -> dict[str, list[tuple[str, str, bool]]]:
-    """The settings worth a look, by group: the basic ones, and all that differ from their default."""
+    """The settings worth a look, by group: the basic ones, and all that differ from what is usual."""
+    base = flow.base(form)
     groups: dict[str, list[tuple[str, str, bool]]] = {}
     for question in flow.questions:
         setting = question.setting
         if setting is None or question.ask == "never" or not question.applies(form):
             continue
         value = form[question.name]
+        usual = base.get(setting.name, setting.default)
         # A path has no default to differ from: everyone has their own.
-        differs = value != setting.default and setting.kind is not Path
-        if value != setting.default or question.ask == "basic":
+        differs = value != usual and (setting.kind is not Path or bool(base))
+        if value != usual or question.ask == "basic":
             shown = question.show(form, value) if value is not None else setting.shown_default
             groups.setdefault(question.group, []).append((question.title, shown, differs))
     return groups
