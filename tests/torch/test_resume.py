@@ -1,5 +1,6 @@
 """A run that is stopped and gone on with ends as if it had never been stopped, bit for bit."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,14 @@ import pytest
 import torch
 
 from sidestep.config.runs import STATE_FILE
+from sidestep.demo.checkpoint import build_toy_checkpoint
 from sidestep.errors import ConfigError, ModelError
 from sidestep.events import CheckpointSaved, EpochDone, Metrics, RunStarted, Validated
 from sidestep.model.checkpoint import Checkpoint, find_checkpoint
+from sidestep.training.adapters import ADAPTERS
+from sidestep.training.optimizers import OPTIMIZERS
+from sidestep.training.run import carry_out
+from sidestep.training.schedules import SCHEDULES
 from sidestep.ui.metrics import MetricsFile
 from tests.torch.tiny import (
     RUN_NAME,
@@ -87,14 +93,19 @@ def test_resume_with_reading_processes_equals_an_uninterrupted_run(tmp_path: Pat
     assert_resume_changes_nothing(tmp_path, base, stop_after=2, num_workers=2)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adafactor", "prodigy"])
+@pytest.mark.parametrize("adapter", [name for name in ADAPTERS if name != "lora"])
+def test_resume_with_every_adapter_equals_an_uninterrupted_run(tmp_path: Path, base: Checkpoint, adapter: str):
+    assert_resume_changes_nothing(tmp_path, base, stop_after=4, adapter_type=adapter)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_resume_with_every_optimizer_equals_an_uninterrupted_run(tmp_path: Path, base: Checkpoint, optimizer: str):
     rate = None if optimizer == "prodigy" else 1e-3
     # Rank 96 makes matrices of more than 4096 numbers, which adamw8bit does keep in eight bits.
     assert_resume_changes_nothing(tmp_path, base, stop_after=4, optimizer_type=optimizer, learning_rate=rate, rank=96)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "cosine_restarts", "linear", "constant", "constant_with_warmup"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_resume_goes_on_with_the_learning_rate(tmp_path: Path, base: Checkpoint, schedule: str):
     songs = write_songs(tmp_path / "songs", base, (20, 20, 20))
     config = tiny_config(epochs=3, scheduler_type=schedule)
@@ -191,8 +202,6 @@ def test_other_songs_are_an_error(tmp_path: Path, base: Checkpoint):
 
 
 def test_another_model_is_an_error(tmp_path: Path, base: Checkpoint):
-    from sidestep.demo.checkpoint import build_toy_checkpoint
-
     songs = write_songs(tmp_path / "songs", base, (20, 20))
     train(tiny_config(), base, songs, tmp_path / "run", stop_after=1)
     other = find_checkpoint(build_toy_checkpoint(tmp_path / "other", variant="base", seed=7), "base")
@@ -215,10 +224,6 @@ def test_another_adapter_is_an_error(tmp_path: Path, base: Checkpoint, changes: 
 
 
 def test_metrics_read_as_one_run(tmp_path: Path, base: Checkpoint):
-    import json
-
-    from sidestep.training.run import carry_out
-
     songs = write_songs(tmp_path / "songs", base, (20, 20, 20))
     config = tiny_config(epochs=3, save_every=1)
     path = tmp_path / "metrics.jsonl"
