@@ -135,6 +135,21 @@ class CheckpointSaved:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SampleRendered:
+    """A prompt was rendered into the FLAC file `path`, in `seconds` of wall time.
+
+    `epoch` is None for the model without its adapter; `prompt` counts from 1.
+    """
+
+    step: int
+    epoch: int | None
+    prompt: int
+    caption: str
+    path: Path
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterSaved:
     """The adapter lies in `folder`, as every consumer loads it; `kind` says which weights it holds."""
 
@@ -167,6 +182,7 @@ Event = (
     | EpochDone
     | CheckpointSaved
     | AdapterSaved
+    | SampleRendered
     | RunDone
 )
 Emit = Callable[[Event], None]

@@ -61,7 +61,7 @@ def run(command: str, values: Mapping[str, Any], *, screen: GlobalConfig, rememb
 def _checkpoint(config: TrainConfig) -> Checkpoint:
     root = config.checkpoint_dir or default_checkpoint_dir()
     checkpoint = find_checkpoint(root, config.model_variant, base_model=config.base_model)
-    if config.preprocess:
+    if config.preprocess or config.sample_every_n_epochs:
         check_encoders(checkpoint)
     return checkpoint
 
@@ -106,11 +106,14 @@ def _train(command: str, config: TrainConfig, checkpoint: Checkpoint, output_dir
     open_log(writable_folder(output_dir) / LOG_NAME)
     with ExitStack() as stack:
         show = stack.enter_context(open_screen(console))
+        from sidestep.listen.samples import TrainingSamples, prepare_wordings
         from sidestep.training.assemble import assemble
         from sidestep.training.run import carry_out
         from sidestep.ui.metrics import MetricsFile
         from sidestep.ui.tensorboard import TensorBoard
 
+        # Before the decoder is loaded: the encoders are gone again when it comes.
+        wordings = prepare_wordings(config, checkpoint, dataset_dir) if config.sample_every_n_epochs else []
         training = assemble(
             config,
             recipe_name=command,
@@ -127,7 +130,8 @@ def _train(command: str, config: TrainConfig, checkpoint: Checkpoint, output_dir
         board = stack.enter_context(TensorBoard(config.log_dir or output_dir / "runs", first_step=first_step))
         emit = combine(show, write_log, metrics, board)
         interrupts = stack.enter_context(Interrupts(emit))
-        reason = carry_out(training, emit=emit, stop_requested=interrupts.is_requested)
+        listen = TrainingSamples(training, wordings, emit=emit)
+        reason = carry_out(training, emit=emit, stop_requested=interrupts.is_requested, listen=listen)
     return EXIT_INTERRUPTED if reason == "interrupted" else 0
 
 

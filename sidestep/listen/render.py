@@ -28,6 +28,10 @@ _TURBO_STEPS, _STEPS = 8, 50
 _GUIDANCE = 7.0
 
 
+class NoSoundError(RunError):
+    """What the model rendered is silent or not finite."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How a sound is drawn from noise: Euler steps, guidance scale (1: none) and shift of the timesteps."""
@@ -114,13 +118,13 @@ class Renderer:
     def render(self, wording: Wording, sampling: Sampling) -> np.ndarray:
         """Return the sound, float32 [2, samples] at 48 kHz with a peak of -1 dBFS.
 
-        The same noise on every device: it is drawn on the CPU. RunError when the sound is silent or not finite.
+        The same noise on every device: it is drawn on the CPU. NoSoundError when the sound is silent or not finite.
         """
         with torch.no_grad():
             audio = self._decode(self.latents(wording, sampling).transpose(1, 2)).numpy()
         peak = np.abs(audio).max()
         if not np.isfinite(audio).all() or peak == 0:
-            raise RunError("The model rendered no sound: its output is silent or not finite.")
+            raise NoSoundError("The model rendered no sound: its output is silent or not finite.")
         return audio * (PEAK / peak)
 
     def latents(self, wording: Wording, sampling: Sampling) -> Tensor:

@@ -13,6 +13,7 @@ from sidestep.events import (
     Notice,
     RunDone,
     RunStarted,
+    SampleRendered,
     StageDone,
     StageStarted,
     StepDone,
@@ -174,6 +175,9 @@ def sentence(event: Event) -> str:
         case AdapterSaved(folder=folder, kind=kind):
             name = {"final": "adapter", "best": "best adapter", "ema": "averaged (EMA) adapter"}[kind]
             return f"Saved the {name}: {folder}"
+        case SampleRendered(epoch=epoch, path=path, seconds=seconds):
+            what = "the model without its adapter" if epoch is None else f"epoch {epoch}"
+            return f"Sample of {what} in {duration(seconds)}: {path}"
         case RunDone():
             return _ending(event)
         case _:

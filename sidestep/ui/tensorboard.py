@@ -8,7 +8,9 @@ from typing import Any, Self
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
-from sidestep.events import EpochDone, Event, LayerGradients, Metrics, TimestepsDrawn, Validated
+from sidestep.data.audio import read_audio
+from sidestep.data.spectrogram import spectrogram
+from sidestep.events import EpochDone, Event, LayerGradients, Metrics, SampleRendered, TimestepsDrawn, Validated
 from sidestep.ui.problems import cannot_write
 
 FLUSH_SECONDS = 30
@@ -19,8 +21,8 @@ class TensorBoard:
     """A sink that writes curves under the events' own names; what was written after `first_step` is hidden.
 
     `loss`, `lr`, `grad_norm`, `steps_per_second`, `memory_gib`, `epoch_loss`, `layer_gradients/<module>`, the histogram
-    `timesteps`, and `validation/loss`, `validation/standard_error`, `validation/bands/<band>`. Raises RunError where
-    the files cannot be written.
+    `timesteps`, `validation/loss`, `validation/standard_error`, `validation/bands/<band>`, and `sample_N/base` and
+    `sample_N/adapter` to hear and see. Raises RunError where the files cannot be written.
     """
 
     def __init__(self, log_dir: Path, *, first_step: int) -> None:
@@ -70,6 +72,15 @@ class TensorBoard:
                     values["standard_error"] = event.standard_error
                 values |= {f"bands/{band}": loss for band, loss in event.bands.items()}
                 self._scalars({f"validation/{name}": value for name, value in values.items()}, event.step)
+            case SampleRendered():
+                self._sample(event)
+
+    def _sample(self, event: SampleRendered) -> None:
+        """Write a sample's sound, in mono as TensorBoard plays it, and its spectrogram."""
+        samples, rate = read_audio(event.path, max_seconds=0)
+        name = f"sample_{event.prompt}/{'base' if event.epoch is None else 'adapter'}"
+        self._writer.add_audio(name, samples.mean(axis=0, keepdims=True), event.step, sample_rate=rate)
+        self._writer.add_image(f"{name}/spectrogram", spectrogram(samples, rate), event.step, dataformats="HWC")
 
     def _scalars(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
