@@ -20,10 +20,11 @@ class Notice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageStarted:
-    """A stage that goes through `total` tracks begins: scanning, a pass of preprocessing."""
+    """A stage that goes through `total` tracks begins: scanning, a pass of preprocessing. `unit` is what it counts."""
 
     title: str
     total: int
+    unit: str = "song"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +53,7 @@ class StageDone:
     done: int
     skipped: int
     seconds: float
+    unit: str = "song"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

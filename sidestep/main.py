@@ -84,6 +84,12 @@ def _export(command: str, values: Mapping[str, Any], screen: GlobalConfig) -> in
     return run(build(ExportConfig, parse_values(ExportConfig, values)), console=open_console(plain=screen.plain))
 
 
+def _estimate(command: str, values: Mapping[str, Any], screen: GlobalConfig) -> int:
+    from sidestep.commands.estimate import run
+
+    return run(values, screen=screen)
+
+
 def _demo(command: str, values: Mapping[str, Any], screen: GlobalConfig) -> int:
     from sidestep.commands.demo import run
     from sidestep.config.tasks import DemoConfig
@@ -113,5 +119,6 @@ _COMMANDS: Mapping[str, Callable[[str, Mapping[str, Any], GlobalConfig], int]] =
     "build-dataset": _build_dataset,
     "sample": _sample,
     "export": _export,
+    "estimate": _estimate,
     "demo": _demo,
 }

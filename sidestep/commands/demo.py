@@ -14,9 +14,10 @@ from sidestep.config.flags import GlobalConfig, parse
 from sidestep.config.settings import build, parse_values
 from sidestep.config.tasks import BuildDatasetConfig, DemoConfig
 from sidestep.data.dataset_file import DATASET_FILE, read_dataset
+from sidestep.files import cannot_write
 from sidestep.model.checkpoint import find_checkpoint
 from sidestep.ui.console import Console, open_console
-from sidestep.ui.problems import LOG_NAME, cannot_write, open_log, quiet_libraries
+from sidestep.ui.problems import LOG_NAME, open_log, quiet_libraries
 from sidestep.ui.sinks import open_screen
 from sidestep.ui.wording import duration
 

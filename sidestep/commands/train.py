@@ -13,18 +13,20 @@ from typing import Any
 
 from sidestep.commands.interrupts import Interrupts
 from sidestep.config.flags import GlobalConfig, LayersConfig
-from sidestep.config.places import default_checkpoint_dir, product_version, remember, write_text
+from sidestep.config.places import default_checkpoint_dir, product_version, remember
 from sidestep.config.presets import save_preset
+from sidestep.config.rank_map import read_rank_map
 from sidestep.config.resolve import resolve_training
 from sidestep.config.runs import RUN_CONFIG, checkpoints_in
 from sidestep.config.settings import build, parse_values, settings_of
 from sidestep.config.train import TrainConfig
 from sidestep.data.audio import AUDIO_SUFFIXES
 from sidestep.data.dataset_file import load_dataset
-from sidestep.errors import ConfigError, DataError
+from sidestep.errors import ConfigError, DataError, RunError
+from sidestep.files import cannot_write, write_whole
 from sidestep.model.checkpoint import Checkpoint, check_encoders, find_checkpoint
 from sidestep.ui.console import Console, open_console
-from sidestep.ui.problems import LOG_NAME, cannot_write, open_log, quiet_libraries
+from sidestep.ui.problems import LOG_NAME, open_log, quiet_libraries
 from sidestep.ui.sinks import combine, open_screen, write_log
 
 EXIT_SKIPPED = 1
@@ -48,7 +50,7 @@ def run(command: str, values: Mapping[str, Any], *, screen: GlobalConfig, rememb
         console.print(f"Saved as preset: {save_preset(layers.save_preset, config)}")
     checkpoint = _checkpoint(config)
     if remembers and config.checkpoint_dir is not None:
-        remember("checkpoint_dir", str(config.checkpoint_dir.resolve()))
+        _remember(config.checkpoint_dir, console)
     skipped = 0
     if config.preprocess:
         skipped = _preprocess(config, checkpoint, console)
@@ -56,6 +58,14 @@ def run(command: str, values: Mapping[str, Any], *, screen: GlobalConfig, rememb
         outcome = _train(command, config, checkpoint, config.output_dir, console)
         return outcome or (EXIT_SKIPPED if skipped else 0)
     return EXIT_SKIPPED if skipped else 0
+
+
+def _remember(checkpoint_dir: Path, console: Console) -> None:
+    try:
+        remember("checkpoint_dir", str(checkpoint_dir.resolve()))
+    except RunError as error:
+        # No reason not to train.
+        console.warning(f"The next start will not know this checkpoint folder: {error.message}")
 
 
 def _checkpoint(config: TrainConfig) -> Checkpoint:
@@ -89,6 +99,7 @@ def _preprocess(config: TrainConfig, checkpoint: Checkpoint, console: Console) -
             target_db=config.target_db,
             target_lufs=config.target_lufs,
             device=device,
+            encoder_device=choose_device("cpu") if config.offload_encoder else device,
             dtype=choose_dtype(config.precision, device),
             emit=emit,
         )
@@ -124,7 +135,7 @@ def _train(command: str, config: TrainConfig, checkpoint: Checkpoint, output_dir
             version=product_version(),
             emit=combine(show, write_log),
         )
-        write_text(output_dir / RUN_CONFIG, training.config_text)
+        write_whole(output_dir / RUN_CONFIG, training.config_text)
         first_step = training.first_step
         metrics = stack.enter_context(MetricsFile(output_dir / "metrics.jsonl", first_step=first_step))
         board = stack.enter_context(TensorBoard(config.log_dir or output_dir / "runs", first_step=first_step))
@@ -137,6 +148,18 @@ def _train(command: str, config: TrainConfig, checkpoint: Checkpoint, output_dir
 
 def _check_folders(config: TrainConfig, dataset_dir: Path, output_dir: Path) -> None:
     """Refuse, before torch is loaded, a dataset that is not there and an output folder that holds another run."""
+    check_tensors(dataset_dir)
+    if config.rank_map is not None:
+        read_rank_map(config.rank_map)
+    if config.resume_from is None and checkpoints_in(output_dir):
+        raise ConfigError(
+            f"{output_dir} holds a run already.",
+            hint=f"Go on with it: --resume-from {output_dir}; or choose another --output-dir.",
+        )
+
+
+def check_tensors(dataset_dir: Path) -> None:
+    """Raise DataError unless the folder is there and holds tensor files."""
     if not dataset_dir.is_dir():
         raise DataError(
             f"There is no folder {dataset_dir} with tensors.",
@@ -149,11 +172,6 @@ def _check_folders(config: TrainConfig, dataset_dir: Path, output_dir: Path) -> 
             else ""
         )
         raise DataError(f"There are no tensor files (.pt) in {dataset_dir}.", hint=audio.strip())
-    if config.resume_from is None and checkpoints_in(output_dir):
-        raise ConfigError(
-            f"{output_dir} holds a run already.",
-            hint=f"Go on with it: --resume-from {output_dir}; or choose another --output-dir.",
-        )
 
 
 def _has_audio(folder: Path) -> bool:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import platformdirs
 
 from sidestep.errors import ConfigError
+from sidestep.files import write_whole
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 CHECKPOINT_VARIABLE = "SIDESTEP_CHECKPOINT_DIR"
@@ -25,22 +25,6 @@ def product_version() -> str:
 def config_folder() -> Path:
     """Return the user's own folder for settings and presets, by the platform's custom."""
     return Path(platformdirs.user_config_dir("sidestep", appauthor=False))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in one move: under a temporary name beside it, flushed, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def remembered() -> dict[str, str]:
@@ -72,7 +56,7 @@ def forget(names: Iterable[str]) -> None:
 
 def _write_remembered(saved: Mapping[str, str]) -> None:
     text = json.dumps(saved, indent=2, ensure_ascii=False) + "\n"
-    write_text(config_folder() / "settings.json", text)
+    write_whole(config_folder() / "settings.json", text)
 
 
 def default_checkpoint_dir() -> Path:

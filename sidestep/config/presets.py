@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sidestep.config.places import PROJECT, config_folder, write_text
+from sidestep.config.places import PROJECT, config_folder
 from sidestep.config.recipe import RECIPE_PINS
 from sidestep.config.settings import parse_values, settings_of, values_of
 from sidestep.config.train import TrainConfig
 from sidestep.errors import ConfigError
+from sidestep.files import write_whole
 
 SHIPPED = PROJECT / "presets"
 CONFIG_FORMAT = 1
@@ -71,7 +72,7 @@ def save_preset(name: str, config: TrainConfig, *, description: str = "") -> Pat
         if setting.in_presets and getattr(config, setting.name) != setting.default
     }
     path = preset_folders()[0] / f"{stem.replace(' ', '_')}.json"
-    write_text(path, _to_json({"name": stem, "description": description, **changed}))
+    write_whole(path, _to_json({"name": stem, "description": description, **changed}))
     return path
 
 

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from sidestep.config.places import write_text
 from sidestep.config.recipe import Recipe
 from sidestep.errors import DataError, ModelError
+from sidestep.files import write_whole
 
 RANK_MAP_FILE = "rank_map.json"
 RANK_MAP_FORMAT = 1
@@ -117,7 +117,7 @@ def recipe_fingerprint(recipe: Recipe) -> str:
 def write_rank_map(path: Path, rank_map: RankMap) -> None:
     """Write a map in one move; the same map gives the same bytes."""
     content = {"format_version": RANK_MAP_FORMAT, **asdict(rank_map)}
-    write_text(path, json.dumps(_rounded(content), indent=1, allow_nan=False) + "\n")
+    write_whole(path, json.dumps(_rounded(content), indent=1, allow_nan=False) + "\n")
 
 
 def read_rank_map(path: Path) -> RankMap:

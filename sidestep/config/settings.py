@@ -43,9 +43,14 @@ class Range:
 
     def __str__(self) -> str:
         if self.at_least is not None and self.at_most is not None:
-            return f"from {self.at_least:g} to {self.at_most:g}"
+            return f"from {_plain(self.at_least)} to {_plain(self.at_most)}"
         words = {"above": self.above, "at least": self.at_least, "below": self.below, "at most": self.at_most}
-        return " and ".join(f"{word} {bound:g}" for word, bound in words.items() if bound is not None)
+        return " and ".join(f"{word} {_plain(bound)}" for word, bound in words.items() if bound is not None)
+
+
+def _plain(number: float) -> str:
+    """Return a number without an exponent where it is whole: 1000000, not 1e+06."""
+    return str(int(number)) if number == int(number) else f"{number:g}"
 
 
 @dataclass(frozen=True, slots=True)

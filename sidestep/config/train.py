@@ -106,7 +106,7 @@ class TrainConfig(AdapterConfig):
         shown_default="auto",
     )
     offload_encoder: bool = option(
-        "Keep what is not in use off the GPU between the steps of preprocessing.",
+        "Keep the encoders of words and conditions off the GPU: they compute on the CPU, more slowly.",
         group=TRAINING,
         default=False,
         on_resume="free",

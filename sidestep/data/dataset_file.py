@@ -12,7 +12,6 @@ A relative path may not leave the JSON's folder; an absolute `audio_path` is the
 sample is the tag in effect, since they look nowhere else.
 """
 
-import contextlib
 import datetime
 import hashlib
 import json
@@ -26,8 +25,9 @@ from typing import Any, Literal, cast
 from sidestep.data.audio import AUDIO_SUFFIXES, UNREAD_SUFFIXES, find_audio, find_files, probe
 from sidestep.data.fields import INSTRUMENTAL, UNKNOWN_LANGUAGE, canonical, has_words, parse_fields
 from sidestep.data.sidecars import assign_rows, companions, is_sidecar, normalized, read_json, read_rows, read_sidecars
-from sidestep.errors import DataError, RunError
+from sidestep.errors import DataError
 from sidestep.events import Emit, Notice, TrackSkipped
+from sidestep.files import write_whole
 
 DATASET_FILE = "dataset.json"
 TAG_POSITIONS = ("prepend", "append", "replace")
@@ -144,19 +144,7 @@ def write_dataset(path: Path, dataset: Dataset) -> None:
         },
         "samples": [_write_sample(track, dataset, folder) for track in dataset.tracks],
     }
-    temporary = path.with_name(f".{path.name}.writing")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            json.dump(content, file, ensure_ascii=False, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise RunError(f"{path} cannot be written: {error.strerror}.", hint="Choose another --output.") from error
+    write_whole(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 
 
 def load_dataset(audio_dir: Path, dataset_json: Path | None, *, emit: Emit) -> Dataset:

@@ -1,14 +1,13 @@
 """Sounds on disk. Loads no torch."""
 
 import io
-import os
 import re
 from pathlib import Path
 
 import numpy as np
 import soundfile
 
-from sidestep.errors import RunError
+from sidestep.files import write_whole
 
 SAMPLE_RATE = 48_000
 _SUBTYPE = "PCM_16"
@@ -18,17 +17,7 @@ def write_flac(path: Path, audio: np.ndarray) -> None:
     """Write a sound [channels, samples] at 48 kHz as FLAC in one move; RunError when the file cannot be written."""
     buffer = io.BytesIO()
     soundfile.write(buffer, audio.T, SAMPLE_RATE, format="FLAC", subtype=_SUBTYPE)
-    temporary = path.with_name(f"{path.name}.writing")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(buffer.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RunError(f"{path} could not be written: {error.strerror or error}.") from error
+    write_whole(path, buffer.getvalue())
 
 
 def file_stem(text: str, *, longest: int = 40) -> str:

@@ -9,7 +9,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sidestep.errors import RunError
-from sidestep.preprocess.tensors import PASS1_NAME, write_bytes
+from sidestep.files import write_whole
+from sidestep.preprocess.tensors import PASS1_NAME
 
 SUFFIX = ".safetensors"
 
@@ -19,7 +20,7 @@ def write_part(
 ) -> None:
     """Keep `tensors` and `facts` under `name`; they hold as long as `key` is asked for. Raises RunError."""
     header = {"key": key, "facts": json.dumps(facts or {})}
-    write_bytes(_path(folder, name), safetensors.torch.save(dict(tensors), header))
+    write_whole(_path(folder, name), safetensors.torch.save(dict(tensors), header))
 
 
 def read_part(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, int]]:

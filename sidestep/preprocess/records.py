@@ -15,8 +15,9 @@ from typing import Any
 from sidestep.data.dataset_file import Dataset
 from sidestep.errors import DataError, RunError
 from sidestep.events import Emit, Notice
+from sidestep.files import write_whole
 from sidestep.preprocess.plan import tensor_name
-from sidestep.preprocess.tensors import FORMAT_VERSION, MANIFEST_NAME, listed_path, read_manifest, write_bytes
+from sidestep.preprocess.tensors import FORMAT_VERSION, MANIFEST_NAME, listed_path, read_manifest
 
 META_NAME = "preprocess_meta.json"
 _SHOWN = 3
@@ -175,7 +176,7 @@ def _write_record(
         "songs": dict(sorted(songs.items())),
         "checksums": dict(sorted(checksums.items())),
     }
-    write_bytes(folder / META_NAME, _as_json(content))
+    write_whole(folder / META_NAME, _as_json(content))
 
 
 def write_manifest(folder: Path, dataset: Dataset, entries: Sequence[str]) -> None:
@@ -192,7 +193,7 @@ def write_manifest(folder: Path, dataset: Dataset, entries: Sequence[str]) -> No
         "samples": list(entries),
         "num_samples": len(entries),
     }
-    write_bytes(folder / MANIFEST_NAME, _as_json(content))
+    write_whole(folder / MANIFEST_NAME, _as_json(content))
 
 
 def _audio_dir(dataset: Dataset) -> str:

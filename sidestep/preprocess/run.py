@@ -49,6 +49,7 @@ class _Run:
     max_duration: float
     loudness: Loudness
     device: torch.device
+    encoder_device: torch.device
     dtype: torch.dtype
     emit: Emit
 
@@ -65,8 +66,11 @@ def preprocess(
     device: torch.device,
     dtype: torch.dtype,
     emit: Emit,
+    encoder_device: torch.device | None = None,
 ) -> PreprocessResult:
     """Turn the dataset's songs into tensor files in `output`, computed and stored in `dtype`.
+
+    `encoder_device` (`device` if not given) computes the words and the condition, `device` the audio.
 
     A song that cannot be used is reported as TrackSkipped and left out. Raises DataError when that is so for all of
     them or `output` belongs to another dataset, ModelError when the checkpoint lacks a part, RunError when memory or
@@ -82,6 +86,7 @@ def preprocess(
         max_duration=max_duration,
         loudness=Loudness(mode=normalize, target_db=target_db, target_lufs=target_lufs),
         device=device,
+        encoder_device=encoder_device or device,
         dtype=dtype,
         emit=emit,
     )
@@ -189,7 +194,7 @@ def _encode_texts(run: _Run, songs: list[Song]) -> list[Song]:
     missing = [s for s in songs if not s.keeps_condition and not has_part(run.output, s.text_part, key=s.condition_key)]
     if not missing:
         return songs
-    tokenizer, encoder = load_text_encoder(run.checkpoint, device=run.device, dtype=run.dtype)
+    tokenizer, encoder = load_text_encoder(run.checkpoint, device=run.encoder_device, dtype=run.dtype)
 
     def encode(song: Song) -> None:
         encoded = encode_prompt(tokenizer, encoder, song.prompt)
@@ -203,7 +208,7 @@ def _write_tensors(run: _Run, songs: list[Song], timbre: Tensor) -> list[Song]:
     """Pass 2: encode the condition where it changed and write the tensor files; returns the songs written."""
     encoder = None
     if not all(song.keeps_condition for song in songs):
-        encoder = load_condition_encoder(run.checkpoint, device=run.device, dtype=run.dtype)
+        encoder = load_condition_encoder(run.checkpoint, device=run.encoder_device, dtype=run.dtype)
 
     def write(song: Song) -> None:
         latents = _latents(run, song)

@@ -16,7 +16,6 @@ The tools of ACE-Step and earlier releases of Side-Step write the same keys with
 
 import io
 import json
-import os
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sidestep.errors import DataError, RunError
+from sidestep.errors import DataError
+from sidestep.files import write_whole
 
 FORMAT_VERSION = 2
 FRAMES_PER_SECOND = 25
@@ -61,34 +61,12 @@ class Header:
     metadata: Mapping[str, Any]
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a whole file or nothing: a temporary name in the same folder, flushed, then renamed.
-
-    Raises RunError when the folder cannot be written or the disk is full.
-    """
-    temporary = path.with_name(path.name + ".writing")
-    try:
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise RunError(
-            f"{path} could not be written: {error.strerror or error}.",
-            hint="Free some disk space or choose a folder you may write to, then run the same command again.",
-        ) from error
-
-
 def write_sample(path: Path, sample: Sample) -> None:
     """Write `sample` as a tensor file; equal samples give equal bytes, whatever the file is called.
 
     Raises DataError when a tensor is misshapen or not finite, RunError when the file cannot be written.
     """
-    write_bytes(path, sample_bytes(sample, name=path.name))
+    write_whole(path, sample_bytes(sample, name=path.name))
 
 
 def sample_bytes(sample: Sample, *, name: str) -> bytes:

@@ -1,6 +1,6 @@
 """TrainConfig -> the parts of a run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from sidestep.config.rank_map import RankMap, read_rank_map, recipe_fingerprint
 from sidestep.config.recipe import TURBO_SHIFT, Recipe, learning_rate_of, resolve_recipe, schedule_of
 from sidestep.config.runs import resume_candidates
 from sidestep.config.train import TrainConfig
-from sidestep.errors import ConfigError, ModelError, RunError
+from sidestep.errors import ConfigError, ModelError
 from sidestep.events import Emit, Notice
 from sidestep.model.checkpoint import Checkpoint, decoder_fingerprint
 from sidestep.model.device import choose_device, choose_dtype
@@ -27,6 +27,10 @@ from sidestep.training.songs import dataset_fingerprint, find_songs, hold_out
 from sidestep.training.state import TrainState
 from sidestep.training.step import Stepper
 from sidestep.training.timesteps import Continuous, Discrete, Sampler, sampler_of
+
+
+# How an optimizer computes depends on the device; a run may go on on another one.
+_OF_THE_MACHINE = frozenset({"fused", "foreach", "capturable"})
 
 
 @dataclass(slots=True, kw_only=True)
@@ -75,38 +79,21 @@ def assemble(
     recipe = resolve_recipe(config, name=recipe_name, is_turbo=checkpoint.is_turbo)
     songs = find_songs(dataset_dir, checkpoint, emit=emit)
     trained_on, held_out = hold_out(songs, config.val_split)
-    plan = plan_batches(
-        trained_on,
-        batch_size=config.batch_size,
-        chunk_seconds=config.chunk_duration,
-        repeats=config.dataset_repeats,
-        seed=config.seed,
-        few_lengths=can_capture(device, dtype),
-    )
-    _report_groups(plan, emit)
+    plan = _plan(config, trained_on, few_lengths=can_capture(device, dtype), emit=emit)
     identity = {"songs": dataset_fingerprint(songs), "decoder": decoder_fingerprint(checkpoint)}
     rank_map = _rank_map(config, identity, recipe)
     snapshot = _snapshot(config, identity, emit)
+    state = TrainState(**snapshot.state) if snapshot else TrainState()  # pyright: ignore[reportArgumentType]
+    pace = _pace(config, plan, state, emit)
     sampler = sampler_of(recipe, mu=checkpoint.timestep_mu, sigma=checkpoint.timestep_sigma)
-    try:
-        adapter, stepper = build_stepper(
-            config, recipe, checkpoint, rank_map, sampler=sampler, device=device, dtype=dtype, emit=emit
-        )
-    except torch.OutOfMemoryError as error:
-        raise RunError(
-            f"The model {checkpoint.variant} does not fit into the free memory of {device}.",
-            hint="Close other programs that use it, or train a smaller --model-variant.",
-        ) from error
-    state = _restore(snapshot, adapter, stepper) if snapshot else TrainState()
-    pace = _pace(config, plan, emit)
+    adapter, stepper = build_stepper(
+        config, recipe, checkpoint, rank_map, sampler=sampler, device=device, dtype=dtype, emit=emit
+    )
+    if snapshot:
+        _restore(snapshot, adapter, stepper)
     passes = (pace.total_steps - state.step) * config.gradient_accumulation
     if wants_compile(config.compile, device, passes=passes, emit=emit):
         compile_blocks(stepper.model, any_length=len(plan.groups) > 1)
-    if state.step >= pace.total_steps:
-        raise ConfigError(
-            f"There is nothing left to do: {state.step} of {pace.total_steps} steps are done.",
-            hint="Raise --epochs (or --max-steps) to train on.",
-        )
     return Run(
         config=config,
         config_text=run_config_text(config, recipe=recipe_name, version=version, objective=str(recipe)),
@@ -126,6 +113,19 @@ def assemble(
         first_step=state.step,
         identity=identity,
     )
+
+
+def _plan(config: TrainConfig, songs: Sequence[Song], *, few_lengths: bool, emit: Emit) -> Plan:
+    plan = plan_batches(
+        songs,
+        batch_size=config.batch_size,
+        chunk_seconds=config.chunk_duration,
+        repeats=config.dataset_repeats,
+        seed=config.seed,
+        few_lengths=few_lengths,
+    )
+    _report_groups(plan, emit)
+    return plan
 
 
 def _rank_map(config: TrainConfig, identity: Mapping[str, str], recipe: Recipe) -> RankMap | None:
@@ -159,9 +159,15 @@ def _common_rows(plan: Plan) -> int:
     return max(rows) if len(rows) == 1 else -(-max(rows) // 8) * 8
 
 
-def _pace(config: TrainConfig, plan: Plan, emit: Emit) -> Pace:
+def _pace(config: TrainConfig, plan: Plan, state: TrainState, emit: Emit) -> Pace:
+    """Decide how long the run goes; ConfigError when a resumed one has nothing left to do."""
     steps_per_epoch = -(-plan.batches_per_epoch // config.gradient_accumulation)
     total_steps = config.max_steps or config.epochs * steps_per_epoch
+    if state.step >= total_steps:
+        raise ConfigError(
+            f"There is nothing left to do: {state.step} of {total_steps} steps are done.",
+            hint="Raise --epochs (or --max-steps) to train on.",
+        )
     schedule = schedule_of(config)
     if schedule != config.scheduler_type:
         emit(Notice(text=f"{config.optimizer_type} sets its own pace: the schedule is {schedule}."))
@@ -216,15 +222,18 @@ def _snapshot(config: TrainConfig, identity: Mapping[str, str], emit: Emit) -> S
     return snapshot
 
 
-def _restore(snapshot: Snapshot, adapter: Adapter, stepper: Stepper) -> TrainState:
+def _restore(snapshot: Snapshot, adapter: Adapter, stepper: Stepper) -> None:
     load_values(adapter, snapshot.adapter, source="The checkpoint")
+    optimizer = stepper.optimizer
+    machine = [{key: group[key] for key in _OF_THE_MACHINE & group.keys()} for group in optimizer.param_groups]
     try:
-        stepper.optimizer.load_state_dict(dict(snapshot.optimizer))
+        optimizer.load_state_dict(dict(snapshot.optimizer))
     except (ValueError, KeyError) as error:
         raise ModelError(f"The checkpoint's optimizer state does not fit: {error}.") from error
-    if snapshot.scaler:
+    for group, own in zip(optimizer.param_groups, machine, strict=True):
+        group.update(own)
+    if snapshot.scaler and stepper.scaler.is_enabled():
         stepper.scaler.load_state_dict(dict(snapshot.scaler))
-    return TrainState(**snapshot.state)  # pyright: ignore[reportArgumentType]
 
 
 def _report_groups(plan: Plan, emit: Emit) -> None:

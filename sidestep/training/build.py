@@ -7,6 +7,7 @@ from torch.amp.grad_scaler import GradScaler
 from sidestep.config.rank_map import RankMap
 from sidestep.config.recipe import Recipe, learning_rate_of
 from sidestep.config.train import TrainConfig
+from sidestep.errors import RunError
 from sidestep.events import Emit, Notice
 from sidestep.model.attention import use_processors
 from sidestep.model.checkpoint import Checkpoint
@@ -37,15 +38,38 @@ def build_stepper(
     dtype: torch.dtype,
     emit: Emit,
 ) -> tuple[Adapter, Stepper]:
-    """Load the decoder, attach the adapter that was asked for, and return it with the stepper that trains it."""
+    """Load the decoder, attach the adapter that was asked for, and return it with the stepper that trains it.
+
+    RunError when the device has no room for them.
+    """
     reset_memory_peak(device)
+    try:
+        model, adapter = _model(config, recipe, checkpoint, rank_map, sampler=sampler, device=device, dtype=dtype)
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"The model {checkpoint.variant} does not fit into the free memory of {device}.",
+            hint="Close other programs that use it, add --quantize int8 or nf4, or train a smaller --model-variant.",
+        ) from error
+    for remark in adapter.remarks:
+        emit(Notice(text=remark, level="warning"))
+    return adapter, _stepper(config, model, adapter)
+
+
+def _model(
+    config: TrainConfig,
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    rank_map: RankMap | None,
+    *,
+    sampler: Sampler,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Model, Adapter]:
     decoder = _decoder(config, checkpoint, device=device, dtype=dtype)
     layers = len(decoder.layers)
     modules = target_names(layers, attention_type=config.attention_type, target_modules=config.target_modules)
     torch.manual_seed(config.seed)
     adapter = ADAPTERS[config.adapter_type](decoder, list(rank_map.ranks) if rank_map else modules, config)
-    for remark in adapter.remarks:
-        emit(Notice(text=remark, level="warning"))
     if config.init_from:
         adapter.read(config.init_from)
     decoder.train()
@@ -61,7 +85,7 @@ def build_stepper(
         device=device,
         dtype=dtype,
     )
-    return adapter, _stepper(config, model, adapter)
+    return model, adapter
 
 
 def _decoder(

@@ -9,14 +9,13 @@ from torch import Tensor
 
 from sidestep.config.rank_map import AGAIN, directions_file
 from sidestep.errors import DataError
+from sidestep.files import write_whole
 
 
 def write_directions(rank_map: Path, directions: Mapping[str, Tensor]) -> None:
     """Write the directions [rank, inputs] of each module beside the map, in one move."""
-    path = directions_file(rank_map)
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_bytes(save({name: value.half().contiguous() for name, value in directions.items()}))
-    temporary.replace(path)
+    content = save({name: value.half().contiguous() for name, value in directions.items()})
+    write_whole(directions_file(rank_map), content)
 
 
 def read_directions(rank_map: Path, ranks: Mapping[str, int]) -> dict[str, Tensor]:

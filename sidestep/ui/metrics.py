@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from sidestep.events import CheckpointSaved, EpochDone, Event, Metrics, Notice, RunDone, RunStarted, Validated
-from sidestep.ui.problems import cannot_write
+from sidestep.files import cannot_write, write_whole
 
 NAMES: dict[type[Event], str] = {
     RunStarted: "run_started",
@@ -91,12 +90,7 @@ def _keep_lines(path: Path, first_step: int) -> None:
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if first_step else []
     kept = [line for line in lines if _step_of(line) <= first_step]
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(f"{line}\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_whole(path, "".join(f"{line}\n" for line in kept))
 
 
 def _step_of(line: str) -> float:

@@ -49,7 +49,7 @@ class PlainLines:
         match event:
             case StageStarted():
                 self._stage = StageCount(event, clock=self._clock)
-                self._console.print(f"{event.title}: {count(event.total, 'song')}")
+                self._console.print(f"{event.title}: {count(event.total, event.unit)}")
             case TrackDone() | TrackSkipped():
                 self._console.print(f"{self._stage.place()}{track_line(event)}")
             case RunStarted():
@@ -163,9 +163,9 @@ def sentence(event: Event) -> str:
             return f"Warning: {text}" if level == "warning" else text
         case TrackSkipped():
             return track_line(event)
-        case StageDone(title=title, done=done, skipped=skipped, seconds=seconds):
+        case StageDone(title=title, done=done, skipped=skipped, seconds=seconds, unit=unit):
             skips = f", {skipped} skipped" if skipped else ""
-            return f"{title}: {count(done, 'song')} in {duration(seconds)}{skips}."
+            return f"{title}: {count(done, unit)} in {duration(seconds)}{skips}."
         case Validated(epoch=epoch, loss=loss, standard_error=standard_error, is_best=is_best):
             best = ", the best so far" if is_best else ""
             error = "" if standard_error is None else f" (standard error {standard_error:.4f})"

@@ -1,6 +1,5 @@
 """What goes wrong: the two lines a user reads, and `sidestep.log`, which keeps the rest."""
 
-import errno
 import logging
 import logging.handlers
 import os
@@ -13,6 +12,7 @@ from typing import TextIO
 import platformdirs
 
 from sidestep.errors import RunError, SidestepError
+from sidestep.files import cannot_write
 from sidestep.ui.console import open_console
 
 LOG_NAME = "sidestep.log"
@@ -70,14 +70,6 @@ def show_bug(error: BaseException, *, stream: TextIO, plain: bool = False) -> No
 
 def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0] or "no message"
-
-
-def cannot_write(path: Path, error: OSError) -> RunError:
-    """The error for a file or folder that the system will not let us write."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return RunError(f"The disk is full: {path} cannot be written.", hint="Free some space, then run it again.")
-    reason = error.strerror or str(error)
-    return RunError(f"{path} cannot be written: {reason}.", hint="Choose another folder, or make this one writable.")
 
 
 def quiet_libraries() -> None:

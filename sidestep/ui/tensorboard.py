@@ -6,12 +6,13 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
 from sidestep.data.audio import read_audio
 from sidestep.data.spectrogram import spectrogram
 from sidestep.events import EpochDone, Event, LayerGradients, Metrics, SampleRendered, TimestepsDrawn, Validated
-from sidestep.ui.problems import cannot_write
+from sidestep.files import cannot_write
 
 FLUSH_SECONDS = 30
 TIMESTEP_EDGES = np.linspace(0.0, 1.0, 51)
@@ -85,3 +86,12 @@ class TensorBoard:
     def _scalars(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+
+
+def write_image(log_dir: Path, name: str, image: NDArray[np.uint8]) -> None:
+    """Write one image [height, width, 3]; RunError where the files cannot be written."""
+    try:
+        with SummaryWriter(str(log_dir)) as writer:
+            writer.add_image(name, image, dataformats="HWC")
+    except OSError as error:
+        raise cannot_write(log_dir, error) from error

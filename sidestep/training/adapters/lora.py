@@ -156,15 +156,14 @@ def attach_lora(
 ) -> LoraAdapter:
     """Put LoRA on `modules` (original names) of a frozen decoder. B starts at zero, so nothing changes at first.
 
-    `ranks` are modules' own ranks; their scale stays alpha / rank (alpha / sqrt(own rank) with `use_rslora`). `start`
-    are unit directions [rank, inputs] that a module's A starts from, at the length that it would have anyway.
+    `ranks` are modules' own ranks: each module's change is scaled by alpha / its rank (alpha / sqrt(rank) with
+    `use_rslora`), so that a small rank does not learn more slowly than a large one. `start` are unit directions
+    [rank, inputs] that a module's A starts from, at the length that it would have anyway.
     """
     freeze(decoder)
     ranks = {name: (ranks or {}).get(name, rank) for name in modules}
-    alphas = {name: alpha if use_rslora else alpha * own / rank for name, own in ranks.items()}
     config = LoraConfig(
         rank_pattern={to_diffusers(name): own for name, own in ranks.items() if own != rank},
-        alpha_pattern={to_diffusers(name): own for name, own in alphas.items() if own != alpha},  # pyright: ignore[reportArgumentType]
         r=rank,
         lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  PEFT divides it by r, whole or not.
         lora_dropout=dropout,
@@ -185,7 +184,7 @@ def attach_lora(
         remarks=_remarks(modules, trained, bias=bias, is_dora=use_dora),
         targets=targets,
         ranks=ranks,
-        scalings={name: alphas[name] / (own**0.5 if use_rslora else own) for name, own in ranks.items()},
+        scalings={name: alpha / (own**0.5 if use_rslora else own) for name, own in ranks.items()},
         dropout=dropout,
         bias=bias,
         is_dora=use_dora,
