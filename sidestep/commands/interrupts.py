@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM: the first asks the run to stop when its step is done, the second stops at once."""
 
 import signal
+import sys
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -31,6 +32,8 @@ class Interrupts:
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         if self._is_requested:
+            # What is cut off half-made fails once more while it is taken down; that is nothing to read.
+            sys.unraisablehook = lambda unraisable: None
             raise KeyboardInterrupt
         self._is_requested = True
         self._emit(Notice(text="Stopping: this step is finished and saved first. Ctrl-C again stops at once."))

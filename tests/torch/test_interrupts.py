@@ -1,0 +1,122 @@
+"""Ctrl-C and SIGTERM, as a terminal and a job manager send them: to the whole group of processes."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sidestep.config.runs import checkpoints_in
+from sidestep.model.checkpoint import Checkpoint
+from tests.torch.tiny import RUN_NAME, read_state, write_songs
+
+REPOSITORY = Path(__file__).parents[2]
+STEPS = 60
+
+
+class Command:
+    """Side-Step in a process of its own, at the head of its own group."""
+
+    def __init__(self, *arguments: str, home: Path) -> None:
+        # Plain lines on a pipe; the user's own settings are left alone.
+        environment = {**os.environ, "XDG_CONFIG_HOME": str(home), "PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, str(REPOSITORY / "train.py"), "--plain", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env=environment,
+        )
+        self.output = ""
+
+    def read_until(self, words: str) -> None:
+        """Read what it prints up to a line with these words."""
+        for line in self._lines():
+            self.output += line
+            if words in line:
+                return
+        raise AssertionError(f"It ended without saying {words!r}:\n{self.output}")
+
+    def send(self, number: int) -> None:
+        """Send a signal to the whole group."""
+        os.killpg(self.process.pid, number)
+
+    def finish(self) -> int:
+        """Read the rest and give the exit code."""
+        with self.process:
+            self.output += "".join(self._lines())
+        return self.process.returncode
+
+    def _lines(self) -> Iterator[str]:
+        assert self.process.stdout is not None
+        return iter(self.process.stdout)
+
+
+def training(tmp_path: Path, checkpoint: Checkpoint, *more: str) -> Command:
+    songs = write_songs(tmp_path / "my songs", checkpoint, (250,) * 8)
+    arguments = {
+        "--checkpoint-dir": checkpoint.root,
+        "--model-variant": checkpoint.variant,
+        "--dataset-dir": songs,
+        "--output-dir": tmp_path / "my run",
+        "--run-name": RUN_NAME,
+        "--device": "cpu",
+        "--rank": 4,
+        "--batch-size": 4,
+        "--max-steps": STEPS,
+        "--gradient-accumulation": 1,
+        "--warmup-steps": 0,
+        "--log-every": 1,
+        "--num-workers": 2,
+    }
+    words = [str(word) for pair in arguments.items() for word in pair]
+    return Command("fixed", *words, *more, home=tmp_path / "home")
+
+
+def resume_command(output: str) -> list[str]:
+    (line,) = [line for line in output.splitlines() if "--resume-from" in line]
+    words = shlex.split(line[line.index("uv run train.py") :])
+    assert words[:3] == ["uv", "run", "train.py"]
+    return words[3:]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_saves_and_prints_the_command_that_goes_on(tmp_path: Path, base: Checkpoint, number: int):
+    command = training(tmp_path, base)
+    command.read_until("Step 2/")
+    command.send(number)
+    assert command.finish() == 130
+    assert "Traceback" not in command.output
+    assert command.output.count("Stopping: this step is finished and saved first.") == 1
+    (saved,) = checkpoints_in(tmp_path / "my run")
+    stopped_at = read_state(saved)["state"]["step"]
+    assert 2 <= stopped_at < STEPS
+    assert not (tmp_path / "my run" / RUN_NAME).exists()
+    if number == signal.SIGTERM:
+        return
+
+    again = Command(*resume_command(command.output), home=tmp_path / "home")
+    assert again.finish() == 0, again.output
+    assert read_state(checkpoints_in(tmp_path / "my run")[0])["state"]["step"] == STEPS
+    assert (tmp_path / "my run" / RUN_NAME / "adapter_model.safetensors").is_file()
+    lines = [json.loads(line) for line in (tmp_path / "my run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["event"] == "metrics"] == list(range(1, STEPS + 1))
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, base: Checkpoint):
+    # A step of minutes, so that it cannot end in between.
+    command = training(tmp_path, base, "--gradient-accumulation", "4096", "--dataset-repeats", "4096")
+    command.read_until("samples a step")
+    command.send(signal.SIGINT)
+    command.read_until("Ctrl-C again stops at once")
+    command.send(signal.SIGINT)
+    assert command.finish() == 130
+    assert "Stopped." in command.output
+    assert "Traceback" not in command.output
+    assert not checkpoints_in(tmp_path / "my run")
