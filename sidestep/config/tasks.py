@@ -94,6 +94,7 @@ class EstimateConfig:
     batch_size: int = same_as(TrainConfig, "batch_size", group=ESTIMATE)
     seed: int = same_as(TrainConfig, "seed", group=ESTIMATE)
     gradient_checkpointing: bool = same_as(TrainConfig, "gradient_checkpointing", group=ESTIMATE)
+    quantize: Literal["none", "int8", "nf4"] = same_as(TrainConfig, "quantize", group=ESTIMATE)
     timestep_focus: str = option(
         "Which timesteps count: balanced (all), texture (0 to 0.4), structure (0.6 to 1), or a range LO,HI.",
         group=ESTIMATE,

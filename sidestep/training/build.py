@@ -65,7 +65,7 @@ def _model(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[Model, Adapter]:
-    decoder = _decoder(config, checkpoint, device=device, dtype=dtype)
+    decoder = frozen_decoder(checkpoint, quantize=config.quantize, device=device, dtype=dtype)
     layers = len(decoder.layers)
     modules = target_names(layers, attention_type=config.attention_type, target_modules=config.target_modules)
     torch.manual_seed(config.seed)
@@ -88,13 +88,14 @@ def _model(
     return model, adapter
 
 
-def _decoder(
-    config: TrainConfig, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype
+def frozen_decoder(
+    checkpoint: Checkpoint, *, quantize: str, device: torch.device, dtype: torch.dtype
 ) -> AceStepTransformer1DModel:
-    if config.quantize == "none":
+    """Load the decoder, its blocks' weights in as few bits as asked for."""
+    if quantize == "none":
         return load_decoder(checkpoint, device=device, dtype=dtype)
     decoder = load_decoder(checkpoint, device=CPU, dtype=dtype)
-    quantize_blocks(decoder, config.quantize, device=device)
+    quantize_blocks(decoder, quantize, device=device)
     return decoder
 
 

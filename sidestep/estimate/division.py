@@ -1,0 +1,73 @@
+"""From scores to ranks: the budget of a uniform adapter, divided by what each module has to gain."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from sidestep.config.rank_map import Budget
+from sidestep.config.tasks import EstimateConfig
+from sidestep.errors import ConfigError
+from sidestep.estimate.allocation import Unit, allocate, suggested_parameters, suggested_rank, uniform_rank
+from sidestep.estimate.scores import Array
+
+
+def divide(
+    config: EstimateConfig, costs: Mapping[str, int], limits: Mapping[str, int], gains_MR: Array | None
+) -> tuple[Budget, dict[str, int]]:
+    """Return the budget and a rank for every module of `costs` (parameters a rank), in its order.
+
+    `limits` are the largest rank each matrix has. Without gains (None) every module of the uniform adapter gets the
+    same rank. ConfigError when the budget does not pay for anything.
+    """
+    uniform = uniform_names(config, costs)
+    budget = config.parameters or config.rank * sum(costs[name] for name in uniform)
+    if gains_MR is None:
+        rank = min(uniform_rank([costs[name] for name in uniform], budget=budget), *(limits[n] for n in uniform))
+        ranks = {name: rank if name in set(uniform) else 0 for name in costs}
+        suggestions: tuple[int | None, int | None] = (None, None)
+    else:
+        groups = _groups(list(costs), config.granularity)
+        units = [_unit([list(costs).index(name) for name in group], group, costs, limits, gains_MR) for group in groups]
+        bounds = {"rank_min": config.rank_min, "rank_max": config.rank_max}
+        of_unit = allocate(units, budget=budget, **bounds)
+        given = {name: rank for group, rank in zip(groups, of_unit, strict=True) for name in group}
+        ranks = {name: given[name] for name in costs}
+        suggestions = (suggested_rank(units), suggested_parameters(units, **bounds))
+    spent = sum(rank * costs[name] for name, rank in ranks.items())
+    if not spent:
+        raise ConfigError(
+            f"A budget of {budget:,} parameters does not pay for any module.",
+            hint="Set a smaller --rank-min, or more --parameters.",
+        )
+    return (
+        Budget(
+            parameters=budget,
+            spent=spent,
+            rank_min=config.rank_min,
+            rank_max=config.rank_max,
+            suggested_rank=suggestions[0],
+            suggested_parameters=suggestions[1],
+        ),
+        ranks,
+    )
+
+
+def uniform_names(config: EstimateConfig, names: Iterable[str]) -> list[str]:
+    """Return which of the modules that are looked at a uniform adapter would have."""
+    return [name for name in names if name.rsplit(".", 1)[1] in config.uniform_modules]
+
+
+def _groups(names: Sequence[str], granularity: str) -> list[list[str]]:
+    """Return which modules share a rank, in the order of their first."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        groups[name if granularity == "module" else ".".join(name.split(".")[:2])].append(name)
+    return list(groups.values())
+
+
+def _unit(
+    rows: Sequence[int], names: Sequence[str], costs: Mapping[str, int], limits: Mapping[str, int], gains_MR: Array
+) -> Unit:
+    limit = min(limits[name] for name in names)
+    return Unit(sum(costs[name] for name in names), np.asarray(gains_MR[rows, :limit].sum(0)))

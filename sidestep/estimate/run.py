@@ -1,0 +1,112 @@
+"""EstimateConfig -> a rank map: the passes, the scores, the division of the budget."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sidestep.config.rank_map import ModuleRank, Origin, RankMap, recipe_fingerprint
+from sidestep.config.tasks import EstimateConfig, focus_range
+from sidestep.errors import RunError
+from sidestep.estimate.division import divide
+from sidestep.estimate.methods import METHODS, Found
+from sidestep.estimate.question import Question, prepare
+from sidestep.estimate.scores import CrossFit
+from sidestep.events import Emit, Notice, StageDone, StageStarted
+from sidestep.model.checkpoint import Checkpoint, decoder_fingerprint
+from sidestep.training.songs import dataset_fingerprint
+
+STAGE = "Estimating"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A rank map, and the strongest input directions [rank, inputs] of its modules where the method knows them."""
+
+    rank_map: RankMap
+    directions: Mapping[str, Tensor]
+
+
+def estimate(config: EstimateConfig, *, checkpoint: Checkpoint, version: str, emit: Emit) -> Estimate:
+    """Measure what each module has to gain on these songs and divide the budget by it.
+
+    The same settings, songs and machine give the same result. Where nothing stands out of the noise the map is the
+    uniform one, and a warning says so. Errors are those of training.
+    """
+    question = prepare(config, checkpoint=checkpoint, emit=emit)
+    found = _measure(question)
+    costs = {name: sum(shape) for name, shape in question.shapes.items()}
+    limits = {name: min(shape) for name, shape in question.shapes.items()}
+    budget, ranks = divide(config, costs, limits, None if _is_noise(found, emit) else found.gains_MR)
+    modules = tuple(_module(name, row, ranks[name], costs[name], found) for row, name in enumerate(costs))
+    rank_map = RankMap(origin=_origin(question, checkpoint, version), budget=budget, modules=modules)
+    directions = {
+        name: found.directions[name][:, :rank].T.float().cpu().contiguous()
+        for name, rank in rank_map.ranks.items()
+        if name in found.directions
+    }
+    return Estimate(rank_map=rank_map, directions=directions)
+
+
+def _measure(question: Question) -> Found:
+    draws = sum(len(batch) for batch in [*question.first, *question.second])
+    question.emit(StageStarted(title=STAGE, total=draws, unit="draw"))
+    started = time.monotonic()
+    try:
+        found = METHODS[question.config.method](question)
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"{question.model.device} is out of memory.",
+            hint="Leave --gradient-checkpointing on, set a smaller --rank-max, or a --chunk-duration in seconds.",
+        ) from error
+    seconds = time.monotonic() - started
+    question.emit(StageDone(title=STAGE, done=draws, skipped=0, seconds=seconds, unit="draw"))
+    return found
+
+
+def _is_noise(found: Found, emit: Emit) -> bool:
+    """Say whether a method that can tell found nothing but chance; then the user is told."""
+    if not isinstance(found.scores, CrossFit) or found.scores.stands_out_M.any():
+        return False
+    emit(
+        Notice(
+            text="Nothing stands out: the two halves of the draws agree on no module's gradient. "
+            "The map gives every module the same rank. More --estimate-batches may find something.",
+            level="warning",
+        )
+    )
+    return True
+
+
+def _module(name: str, row: int, rank: int, cost: int, found: Found) -> ModuleRank:
+    scores, norms_M = found.scores, found.gradient_norm_M
+    return ModuleRank(
+        name=name,
+        rank=rank,
+        cost=cost,
+        score=float(found.score_M[row]),
+        low=None if scores is None else float(scores.low_M[row]),
+        high=None if scores is None else float(scores.high_M[row]),
+        stands_out=isinstance(scores, CrossFit) and bool(scores.stands_out_M[row]),
+        gradient_norm=None if norms_M is None else float(norms_M[row]),
+    )
+
+
+def _origin(question: Question, checkpoint: Checkpoint, version: str) -> Origin:
+    config = question.config
+    return Origin(
+        sidestep_version=version,
+        method=config.method,
+        granularity=config.granularity,
+        seed=config.seed,
+        draws=sum(len(batch) for batch in [*question.first, *question.second]),
+        songs=len(question.songs),
+        timestep_range=focus_range(config.timestep_focus),
+        model_variant=checkpoint.variant,
+        model=decoder_fingerprint(checkpoint),
+        dataset=dataset_fingerprint(question.songs),
+        recipe=recipe_fingerprint(question.recipe),
+        objective=str(question.recipe),
+    )

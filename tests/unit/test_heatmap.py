@@ -1,0 +1,49 @@
+"""A rank map to look at: in the terminal, and as an image."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from sidestep.ui.console import Console
+from sidestep.ui.heatmap import heat_image, show_rank_map, write_heat_image
+from tests.unit.test_rank_map import a_map
+
+
+def shown() -> str:
+    stream = io.StringIO()
+    show_rank_map(Console(stream, is_plain=True), a_map(), top=2)
+    return stream.getvalue()
+
+
+def test_the_grid_has_a_line_a_layer_and_a_rank_or_a_dash_a_module():
+    lines = shown().splitlines()
+    row = next(line for line in lines if line.strip().startswith("0 "))
+    assert row.split() == ["0", "8", "-", "16"]
+    assert row.index("16") > row.index("-") > row.index("8")
+
+
+def test_the_strongest_come_first_with_their_share_and_how_sure_it_is():
+    lines = shown().splitlines()
+    at = next(place for place, line in enumerate(lines) if "layers.0.mlp.down_proj" in line)
+    assert "85.7%" in lines[at]
+    assert "layers.0.self_attn.q_proj" in lines[at + 1]
+    assert "4.3% to 25.7%" in lines[at + 1]
+    assert "layers.0.self_attn.k_proj" not in shown()
+
+
+def test_the_budget_is_told_to_the_parameter():
+    assert "3,072 of 4,000" in shown()
+    assert "2 of 3, ranks 8 to 16" in shown()
+
+
+def test_the_image_is_brighter_where_there_is_more_to_gain(tmp_path: Path):
+    image = heat_image(a_map())
+    write_heat_image(tmp_path / "map.png", image)
+    read = np.asarray(Image.open(tmp_path / "map.png"))
+    assert read.shape == image.shape == (*image.shape[:2], 3)
+    colours = {tuple(colour) for colour in read.reshape(-1, 3)}
+    assert (252, 225, 90) in colours  # The strongest.
+    assert (13, 8, 60) in colours  # The one with nothing to gain.
+    assert [path.name for path in tmp_path.iterdir()] == ["map.png"]

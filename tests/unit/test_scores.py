@@ -1,0 +1,83 @@
+"""Scores against chance: what two halves agree on counts, and noise of any size does not."""
+
+import numpy as np
+
+from sidestep.estimate.scores import cross_fit, mean_scores
+
+DRAWS, SONGS, RANKS = 48, 6, 8
+
+
+def parts(signals: list[float], noises: list[float], *, seed: int) -> np.ndarray:
+    """Draw [draws, modules, directions]: a signal along the first direction, and noise of each module's size."""
+    generator = np.random.default_rng(seed)
+    drawn = generator.normal(size=(DRAWS, len(signals), RANKS)) * np.array(noises)[None, :, None]
+    drawn[:, :, 0] += np.array(signals)
+    return drawn
+
+
+def values(noises: list[float]) -> np.ndarray:
+    return np.repeat(np.array(noises)[:, None], RANKS, axis=1)
+
+
+SONG_OF = [draw % SONGS for draw in range(DRAWS)]
+
+
+def test_a_signal_stands_out_and_larger_noise_does_not():
+    noises = [1.0, 30.0, 30.0, 30.0]
+    found = cross_fit(values(noises), parts([4.0, 0, 0, 0], noises, seed=0), SONG_OF, seed=0)
+    assert found.stands_out_M.tolist() == [True, False, False, False]
+    assert found.low_M[0] > 0
+    assert all(found.low_M[1:] < 0) and all(found.high_M[1:] > 0)
+    assert found.gains_MR[0, 0] > 0
+
+
+def test_in_pure_noise_nothing_stands_out():
+    alarms = 0
+    for seed in range(20):
+        noises = [1.0] * 40
+        found = cross_fit(values(noises), parts([0.0] * 40, noises, seed=seed), SONG_OF, seed=seed)
+        alarms += bool(found.stands_out_M.any())
+        assert np.mean(found.gains_MR.sum(1) == 0) > 0.5
+    assert alarms <= 2
+
+
+def test_gains_never_rise_and_are_never_negative():
+    noises = [1.0] * 10
+    found = cross_fit(values(noises), parts([2.0] * 10, noises, seed=3), SONG_OF, seed=0)
+    assert (np.diff(found.gains_MR, axis=1) <= 1e-12).all()
+    assert (found.gains_MR >= 0).all()
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+    covered = 0
+    for seed in range(100):
+        found = cross_fit(np.ones((1, RANKS)), parts([1.0], [1.0], seed=seed), SONG_OF, seed=seed)
+        covered += found.low_M[0] <= 1.0 <= found.high_M[0]
+    assert covered >= 90
+
+
+def test_songs_that_differ_widen_the_interval():
+    drawn = parts([1.0], [0.1], seed=0)
+    alike = cross_fit(np.ones((1, RANKS)), drawn, SONG_OF, seed=0)
+    unlike = drawn.copy()
+    unlike[:, 0, 0] += np.array([3.0 if song == 0 else -0.6 for song in SONG_OF])
+    apart = cross_fit(np.ones((1, RANKS)), unlike, SONG_OF, seed=0)
+    assert apart.high_M[0] - apart.low_M[0] > 3 * (alike.high_M[0] - alike.low_M[0])
+
+
+def test_the_same_seed_gives_the_same_interval():
+    drawn = parts([1.0, 0.5], [1.0, 1.0], seed=0)
+    first, second = (cross_fit(np.ones((2, RANKS)), drawn, SONG_OF, seed=7) for _ in range(2))
+    assert np.array_equal(first.low_M, second.low_M) and np.array_equal(first.gains_MR, second.gains_MR)
+
+
+def test_a_single_song_has_an_interval_as_well():
+    found = cross_fit(np.ones((1, RANKS)), parts([1.0], [1.0], seed=0), [0] * DRAWS, seed=0)
+    assert found.low_M[0] < found.score_M[0] < found.high_M[0]
+
+
+def test_a_mean_of_norms_is_ranked_without_a_test():
+    norms = np.abs(np.random.default_rng(0).normal(size=(DRAWS, 3))) + np.array([0, 5, 1])
+    found = mean_scores(norms, SONG_OF, seed=0)
+    assert found.score_M.argmax() == 1
+    assert (found.low_M < found.score_M).all() and (found.score_M < found.high_M).all()
