@@ -48,7 +48,16 @@ class Hooks:
 def train(state: TrainState, *, stepper: Stepper, batches: Batches, pace: Pace, hooks: Hooks, emit: Emit) -> Reason:
     """Train from where `state` is to the end of the run, or until a stop is requested; saves what is to be kept."""
     readings = Readings(emit, pace, stepper.model.device)
+    try:
+        return _epochs(state, readings, stepper=stepper, batches=batches, pace=pace, hooks=hooks, emit=emit)
+    finally:
+        # Whatever stopped the run, the numbers of the steps before it belong to what is kept of it.
+        readings.read(state)
 
+
+def _epochs(
+    state: TrainState, readings: "Readings", *, stepper: Stepper, batches: Batches, pace: Pace, hooks: Hooks, emit: Emit
+) -> Reason:
     def save() -> None:
         readings.read(state)
         hooks.save()
