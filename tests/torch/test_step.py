@@ -13,7 +13,7 @@ from torch import Tensor
 from sidestep.config.recipe import resolve_recipe
 from sidestep.config.runs import STATE_FILE
 from sidestep.errors import DataError, NonFiniteError, ReadingError, RunError
-from sidestep.events import CheckpointSaved, EpochDone, Event, LayerGradients, Metrics
+from sidestep.events import CheckpointSaved, Event, LayerGradients, Metrics
 from sidestep.model.checkpoint import Checkpoint
 from sidestep.preprocess.tensors import Sample, read_sample, write_sample
 from sidestep.training.assemble import Run
@@ -195,8 +195,6 @@ def test_a_loss_that_is_not_finite_names_its_songs_and_keeps_what_was_done(
     whole = train(config, base, good, tmp_path / "whole")
     resumed = train(replace(config, resume_from=tmp_path / "run"), base, good, tmp_path / "run")
     assert_identical(resumed.state, whole.state)
-    losses = [event.loss for event in whole.all_of(EpochDone)]
-    assert [event.loss for event in resumed.all_of(EpochDone)] == losses
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_weights_and_the_optimizer_as_they_were(
@@ -275,7 +273,7 @@ def test_long_songs_are_to_be_cut_into_windows_when_memory_runs_out(tmp_path: Pa
     run = prepare(tiny_config(gradient_checkpointing=True), base, songs, tmp_path / "run")
     run.stepper.optimizer.register_step_pre_hook(full_after(0))
     error, _ = carry_until_error(run, RunError)
-    assert error.hint == "These take less: --chunk-duration 60; --optimizer-type adamw8bit."
+    assert error.hint == "These take less: --quantize int8; --optimizer-type adamw8bit; --chunk-duration 60."
 
 
 def test_a_model_that_does_not_fit_into_memory_is_an_error(
