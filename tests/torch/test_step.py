@@ -13,7 +13,7 @@ from torch import Tensor
 from sidestep.config.recipe import resolve_recipe
 from sidestep.config.runs import STATE_FILE
 from sidestep.errors import DataError, NonFiniteError, ReadingError, RunError
-from sidestep.events import CheckpointSaved, Event, LayerGradients, Metrics
+from sidestep.events import CheckpointSaved, EpochDone, Event, LayerGradients, Metrics
 from sidestep.model.checkpoint import Checkpoint
 from sidestep.preprocess.tensors import Sample, read_sample, write_sample
 from sidestep.training.assemble import Run
@@ -195,6 +195,8 @@ def test_a_loss_that_is_not_finite_names_its_songs_and_keeps_what_was_done(
     whole = train(config, base, good, tmp_path / "whole")
     resumed = train(replace(config, resume_from=tmp_path / "run"), base, good, tmp_path / "run")
     assert_identical(resumed.state, whole.state)
+    losses = [event.loss for event in whole.all_of(EpochDone)]
+    assert [event.loss for event in resumed.all_of(EpochDone)] == losses
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_weights_and_the_optimizer_as_they_were(
