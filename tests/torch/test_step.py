@@ -275,7 +275,8 @@ def test_long_songs_are_to_be_cut_into_windows_when_memory_runs_out(tmp_path: Pa
     run = prepare(tiny_config(gradient_checkpointing=True), base, songs, tmp_path / "run")
     run.stepper.optimizer.register_step_pre_hook(full_after(0))
     error, _ = carry_until_error(run, RunError)
-    assert error.hint == "These take less: --quantize int8; --optimizer-type adamw8bit; --chunk-duration 60."
+    assert "--chunk-duration 60" in error.hint
+    assert "--gradient-checkpointing" not in error.hint  # It is on already.
 
 
 def test_a_model_that_does_not_fit_into_memory_is_an_error(
