@@ -117,6 +117,7 @@ def _train(command: str, config: TrainConfig, checkpoint: Checkpoint, output_dir
     open_log(writable_folder(output_dir) / LOG_NAME)
     with ExitStack() as stack:
         show = stack.enter_context(open_screen(console))
+        from sidestep.listen.page import ReportPage
         from sidestep.listen.samples import TrainingSamples, prepare_wordings
         from sidestep.training.assemble import assemble
         from sidestep.training.run import carry_out
@@ -139,7 +140,7 @@ def _train(command: str, config: TrainConfig, checkpoint: Checkpoint, output_dir
         first_step = training.first_step
         metrics = stack.enter_context(MetricsFile(output_dir / "metrics.jsonl", first_step=first_step))
         board = stack.enter_context(TensorBoard(config.log_dir or output_dir / "runs", first_step=first_step))
-        emit = combine(show, write_log, metrics, board)
+        emit = combine(show, write_log, metrics, board, ReportPage(output_dir))
         interrupts = stack.enter_context(Interrupts(emit))
         listen = TrainingSamples(training, wordings, emit=emit)
         reason = carry_out(training, emit=emit, stop_requested=interrupts.is_requested, listen=listen)

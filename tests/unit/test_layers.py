@@ -33,6 +33,7 @@ ALSO_ALLOWED = {"ui": {"sidestep.model.checkpoint"}}
 TORCH_FREE = {
     *("model/checkpoint.py", "model/names.py", "model/architecture.py", "model/weights.py"),
     *("demo/songs.py", "exports/find.py", "listen/prompts.py", "listen/sound.py"),
+    *("listen/page.py", "listen/charts.py", "listen/pictures.py", "listen/story.py"),
 }
 TORCH_SIDE = {"model", "preprocess", "training", "demo", "exports", "listen", "estimate"}
 HEAVY = {"torch", "torchaudio", "transformers", "diffusers", "peft", "lycoris"}

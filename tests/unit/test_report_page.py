@@ -1,0 +1,230 @@
+"""report.html: whole in one file, true to the run's files, and readable by a parser (a browser: scripts/check-page)."""
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from sidestep.events import CheckpointSaved, Notice, SampleRendered
+from sidestep.listen.charts import Curve, chart, nice_ticks, smoothed, thinned
+from sidestep.listen.page import ReportPage, filled
+from sidestep.listen.pictures import png
+from sidestep.listen.sound import write_flac
+from sidestep.listen.story import changed_settings, read_story
+
+VOID = {"meta", "link", "img", "br", "input", "line", "polyline", "path"}
+
+
+class Parsed(HTMLParser):
+    """The elements of a page, and whether each was closed in its turn."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(text)
+        assert self._open == [], f"never closed: {self._open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {key: value or "" for key, value in attrs}))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {key: value or "" for key, value in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open and self._open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data: str) -> None:
+        if not self._open or self._open[-1] not in ("script", "style"):
+            self.text += data
+
+    def all_of(self, tag: str, kind: str = "") -> list[dict[str, str]]:
+        return [a for name, a in self.elements if name == tag and kind in ["", *a.get("class", "").split(" ")]]
+
+
+def write_run(folder: Path, *, epochs: int = 3, caption: str = "warm synths", rank_map: Path | None = None) -> Path:
+    """Write what a run leaves behind: settings, metrics, samples."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"run_name": "night & day", "rank": 16, "batch_size": 1, "dataset_dir": str(folder / "tensors")}
+    settings["rank_map"] = str(rank_map) if rank_map else None
+    config = {"format_version": 1, "sidestep_version": "9.9", "recipe": "fixed", "objective": "o", "settings": settings}
+    (folder / "config.json").write_text(json.dumps(config))
+    lines: list[dict[str, Any]] = [
+        {"event": "run_started", "step": 0, "recipe": "fixed: all of it", "facts": {"Songs": "4 <short>"}, "epochs": 9,
+         "steps": 90}
+    ]  # fmt: skip
+    for step in range(1, 31):
+        numbers = {"loss": 1 / step, "lr": 1e-4, "grad_norm": None}
+        lines.append({"event": "metrics", "step": step, "epoch": step // 10 + 1, **numbers})
+    lines += [{"event": "validated", "step": step, "loss": 0.5} for step in (0, 10, 20)]
+    (folder / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + '\n{"torn')
+    (folder / "tensors").mkdir(exist_ok=True)
+    (folder / "tensors" / "preprocess_meta.json").write_text(json.dumps({"songs": {"a.pt": "First Song.wav"}}))
+    renderings = []
+    tone = 0.5 * np.sin(np.arange(24_000) / 10)
+    for epoch in [None, *range(1, epochs + 1)]:
+        file = f"{'base' if epoch is None else f'epoch_{epoch:04d}'}/1_x.flac"
+        write_flac(folder / "samples" / file, np.stack([tone, tone]))
+        renderings.append({"epoch": epoch, "step": (epoch or 0) * 10, "prompt": 1, "file": file})
+    prompt = {"caption": caption, "lyrics": "la <la>", "bpm": 90, "language": "en", "seed": 42, "duration": 0.5}
+    index = {"format_version": 1, "sampling": {}, "prompts": [prompt], "renderings": renderings}
+    (folder / "samples" / "samples.json").write_text(json.dumps(index))
+    return folder
+
+
+def page_of(folder: Path) -> tuple[str, Parsed]:
+    text = ReportPage(folder).write().read_text(encoding="utf-8")
+    return text, Parsed(text)
+
+
+def test_the_page_needs_nothing_but_itself(tmp_path: Path):
+    text, page = page_of(write_run(tmp_path / "run"))
+    for tag, attributes in page.elements:
+        for name in ("src", "href", "poster", "srcset", "action", "data"):
+            assert attributes.get(name, "data:").startswith("data:"), f"{tag} {name}"
+    outside = re.sub(r"data:[a-z]+/[a-z]+;base64,[A-Za-z0-9+/=]+", "", text)
+    assert not re.findall(r"(?:https?:)?//[a-z]|@import|url\(", outside)
+    (policy,) = [a["content"] for a in page.all_of("meta") if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; img-src data:; media-src data:;")
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.all_of("meta")
+    assert "prefers-color-scheme: dark" in text and "lang" in dict(page.elements)["html"]
+
+
+def test_every_version_can_be_heard_and_seen(tmp_path: Path):
+    text, page = page_of(write_run(tmp_path / "run"))
+    assert re.findall(r'aria-pressed="false">([^<]+)<', text) == ["Base", "Epoch 1", "Epoch 2", "Epoch 3"]
+    for audio in page.all_of("audio"):
+        kind, content = audio["src"].split(",", 1)
+        sound, rate = soundfile.read(io.BytesIO(base64.b64decode(content)))
+        assert kind == "data:audio/mpeg;base64" and rate == 48_000
+        assert sound.shape[0] >= 24_000 and 0.3 < np.abs(sound).max() < 0.7
+    pictures = [base64.b64decode(image["src"].split(",", 1)[1]) for image in page.all_of("img")]
+    assert len(pictures) == len(page.all_of("audio")) == 4
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures)
+    assert "90 bpm · en · seed 42 · 0.5 s" in page.text and "la <la>" in page.text
+
+
+def test_a_long_run_shows_some_epochs_the_last_among_them(tmp_path: Path):
+    text, page = page_of(write_run(tmp_path / "run", epochs=30))
+    labels = re.findall(r'aria-pressed="false">([^<]+)<', text)
+    assert len(labels) == 9 and labels[:2] == ["Base", "Epoch 1"] and labels[-1] == "Epoch 30"
+    assert "22 more are in the folder samples." in page.text
+
+
+def test_curves_and_facts_are_the_runs_own(tmp_path: Path):
+    text, page = page_of(write_run(tmp_path / "run"))
+    assert [a["aria-label"] for a in page.all_of("svg")] == [
+        "Loss: training 1 to 0.03333",
+        "Loss on held-out songs: held out 0.5 to 0.5",
+        "Learning rate: learning rate 0.0001 to 0.0001",
+    ]
+    (data, *_) = [json.loads(block) for block in re.findall(r'<script type="application/json">(.*?)</script>', text)]
+    assert data["first"] == 1 and data["last"] == 30
+    assert data["series"][0]["points"][1] == [2, 0.5]
+    assert "At epoch 4 of 9, step 30 of 90." in page.text and "fixed: all of it" in page.text
+    assert "4 <short>" in page.text and "First Song.wav" in page.text and "Side-Step 9.9" in page.text
+    assert "--rank" in page.text and "--batch-size" not in page.text
+
+
+@pytest.mark.parametrize("caption", ["<script>alert(1)</script>", "{{style}}", '"><b>', "</script>", ""])
+def test_words_of_the_user_stay_words(tmp_path: Path, caption: str):
+    text, page = page_of(write_run(tmp_path / "run", caption=caption))
+    assert text.count("<script>") == 1 and (caption or "No caption") in page.text
+    assert "night & day" in page.text
+
+
+def test_a_rank_map_is_a_picture(tmp_path: Path):
+    from sidestep.config.rank_map import RankMap, read_rank_map
+
+    modules = [f"layers.{layer}.{part}" for layer in (0, 1) for part in ("self_attn.q_proj", "mlp.up_proj")]
+    path = tmp_path / "map.json"
+    write_rank_map(path, dict(zip(modules, (8, 0, 32, 16), strict=True)))
+    assert isinstance(read_rank_map(path), RankMap)
+    _, page = page_of(write_run(tmp_path / "run", rank_map=path))
+    cells = [a["style"] for a in page.all_of("td") if "background" in a.get("style", "")]
+    assert len(cells) == 4 and len(set(cells)) == 4
+    assert "self_attn.q_proj" in page.text
+
+
+def write_rank_map(path: Path, ranks: dict[str, int]) -> None:
+    from sidestep.config.rank_map import Budget, ModuleRank, Origin, RankMap, write_rank_map
+
+    origin = Origin(
+        sidestep_version="0", method="eva", granularity="module", seed=0, draws=2, songs=1, timestep_range=(0.0, 1.0),
+        model_variant="base", model="m", dataset="d", recipe="r", objective="o",
+    )  # fmt: skip
+    modules = tuple(ModuleRank(name=name, rank=rank, cost=10, score=1.0) for name, rank in ranks.items())
+    budget = Budget(parameters=10_000, spent=sum(ranks.values()) * 10, rank_min=8, rank_max=128)
+    write_rank_map(path, RankMap(origin=origin, budget=budget, modules=modules))
+
+
+def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    _, page = page_of(tmp_path / "run")
+    assert "Not a step is made yet." in page.text
+
+
+def test_the_page_is_renewed_when_something_is_saved(tmp_path: Path):
+    folder = write_run(tmp_path / "run", epochs=1)
+    page = ReportPage(folder)
+    page(Notice(text="nothing to show"))
+    assert not (folder / "report.html").exists()
+    page(CheckpointSaved(folder=folder, step=1, epoch=1))
+    first = (folder / "report.html").read_text()
+    write_run(folder, epochs=2)
+    page(SampleRendered(step=2, epoch=2, prompt=1, caption="x", path=folder, seconds=1.0))
+    assert "Epoch 2" in (folder / "report.html").read_text() and "Epoch 2" not in first
+
+
+def test_a_template_is_filled_once():
+    assert filled("a {{x}} b {{y}}", {"x": "{{y}}", "y": "2"}) == "a {{y}} b 2"
+
+
+def test_ticks_are_round_and_span_the_values():
+    assert nice_ticks(0.0, 1.0) == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert nice_ticks(3.1, 4.9) == [3.0, 3.5, 4.0, 4.5, 5.0]
+    assert nice_ticks(2e-5, 9e-5) == [2e-5, 4e-5, 6e-5, 8e-5, 1e-4]
+    low, *_, high = nice_ticks(0.5, 0.5)
+    assert low < 0.5 < high
+
+
+def test_curves_keep_their_ends_and_their_mean():
+    points = [(float(step), 3.0) for step in range(1000)]
+    assert len(thinned(points)) == 400 and thinned(points)[0] == points[0] and thinned(points)[-1] == points[-1]
+    assert smoothed(points)[0] == (0.0, pytest.approx(3.0)) and smoothed(points)[-1][1] == pytest.approx(3.0)
+    assert chart("empty", [Curve(name="x", points=[])]) == ""
+    assert Parsed(chart("one", [Curve(name="x", points=[(5, 1.0)])])).all_of("svg")
+
+
+def test_a_png_holds_its_pixels():
+    import struct
+    import zlib
+
+    picture = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+    content = png(picture)
+    assert struct.unpack(">II", content[16:24]) == (3, 2)
+    start = content.index(b"IDAT") + 4
+    rows = np.frombuffer(zlib.decompress(content[start:]), np.uint8).reshape(2, 10)
+    assert (rows[:, 0] == 0).all() and (rows[:, 1:].reshape(2, 3, 3) == picture).all()
+
+
+def test_settings_are_compared_with_their_defaults():
+    settings = {"rank": 16, "alpha": 128.0, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "strange": 1}
+    assert changed_settings(settings) == {"--rank": 16}
+
+
+def test_a_torn_file_is_left_out(tmp_path: Path):
+    folder = write_run(tmp_path / "run")
+    (folder / "samples" / "samples.json").write_text('{"prompts": [')
+    story = read_story(folder)
+    assert story.samples == {} and story.step == 30
