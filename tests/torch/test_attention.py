@@ -23,7 +23,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
-    """Sliding attention of [B, S, H, D] as diffusers does it: the dense mask, keys and values repeated for their heads."""
+    """Sliding attention of [B, S, H, D] with diffusers' dense mask, and keys repeated for the heads they serve."""
     mask = _create_4d_mask(
         query.shape[1], query.dtype, query.device, sliding_window=window, is_sliding_window=True, is_causal=False
     )

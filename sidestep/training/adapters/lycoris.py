@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lycoris.functional.general import weight_decompose
@@ -43,13 +43,15 @@ class KroneckerChange(nn.Module):
     def __init__(self, factors: LokrModule, dropout: float) -> None:
         super().__init__()
         self.factors = factors
+        self.reads_weight = bool(factors.wd)
         self.scale = float(factors.scale)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Return dW dropout(x) for inputs x [..., in] of a layer with this weight [out, in]."""
+    def forward(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        """Return dW dropout(x) for inputs x [..., in] of a layer with this weight [out, in], where it is read."""
         x, factors = self.dropout(x), self.factors
-        if factors.wd:
+        if self.reads_weight:
+            assert weight is not None
             return functional.linear(x, self._decomposed_change(weight).to(x.dtype))
         matrices = [None if matrix is None else matrix.to(x.dtype) for matrix in self._matrices()]
         change = kron_bypass(x, *matrices, scale=self.scale, backend="torch")
@@ -80,8 +82,9 @@ class HadamardChange(nn.Module):
         self.scale = float(factors.scale)
         self.register_buffer("scale_on_device", torch.tensor(self.scale), persistent=False)
         self.dropout = nn.Dropout(dropout)
+        self.reads_weight = False
 
-    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor | None) -> Tensor:
         """Return dW dropout(x) for inputs x [..., in] of a layer; its own weight does not matter."""
         factors = self.factors
         matrices = (factors.hada_w1_b, factors.hada_w1_a, factors.hada_w2_b, factors.hada_w2_a)
@@ -243,8 +246,8 @@ def _attach(
     changes = {}
     with _quiet_lycoris():
         for module in modules:
-            linear = decoder.get_submodule(to_diffusers(module))
-            changes[module] = change_of(module, linear).to(linear.get_parameter("weight").device)
+            linear = cast("nn.Linear", decoder.get_submodule(to_diffusers(module)))
+            changes[module] = change_of(module, linear).to(linear.weight.device)
             linear.change = changes[module]
             linear.register_forward_hook(_add_change)
     return changes
@@ -252,7 +255,8 @@ def _attach(
 
 def _add_change(linear: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
     change: Change = linear.change  # pyright: ignore[reportAssignmentType]
-    weight: Tensor = linear.weight  # pyright: ignore[reportAssignmentType]
+    # Not asked for in vain: a weight that is held in few bits is made whole for it.
+    weight: Tensor | None = linear.weight if change.reads_weight else None  # pyright: ignore[reportAssignmentType]
     return output + change(inputs[0], weight).to(output.dtype)
 
 
@@ -327,7 +331,7 @@ def _changes_nothing(group: Mapping[str, Tensor], part: nn.Module | None) -> boo
         return True
     if part is None:
         return False
-    norms = part.get_parameter("weight").float().flatten(1).norm(dim=1).cpu()
+    norms = cast("nn.Linear", part).weight.float().flatten(1).norm(dim=1).cpu()
     magnitudes = group["dora_scale"].float().flatten()
     return magnitudes.shape == norms.shape and torch.allclose(magnitudes, norms, rtol=_SAME_MAGNITUDE, atol=0)
 
