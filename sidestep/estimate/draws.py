@@ -55,9 +55,14 @@ def halves(
     )
 
 
-def tasks(batches: Sequence[Sequence[Asked]], plan: Plan, *, cfg_ratio: float) -> Iterator[tuple[list[int], Task]]:
-    """Yield the songs (by their place in the plan) and the task of each batch; DataError for a file that went bad."""
-    collate = Collate()
+def tasks(
+    batches: Sequence[Sequence[Asked]], plan: Plan, *, cfg_ratio: float, rows: int
+) -> Iterator[tuple[list[int], Task]]:
+    """Yield the songs (by their place in the plan) and the task of each batch; DataError for a file that went bad.
+
+    Prompts are padded to `rows` at least.
+    """
+    collate = Collate(rows)
     for batch in batches:
         items = [Draws(plan.songs, _Fixed(asked.timestep), cfg_ratio)[asked.draw] for asked in batch]
         result = collate(items)

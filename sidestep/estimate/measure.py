@@ -5,6 +5,7 @@ N draws, M modules, R directions.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from sidestep.errors import NonFiniteError
 from sidestep.estimate.scores import Array
 from sidestep.estimate.sketch import Directions, Probe, Sketch
 from sidestep.estimate.taps import Shape, tapped
+from sidestep.training.accelerate import can_capture
 from sidestep.training.objective import Task
 
 Asked = tuple[Sequence[int], Task]
@@ -50,7 +52,7 @@ class Passes:
         norms_NM = sketch.norms()
         _check(norms_NM)
         found = {module: sketch.directions(module, count) for module in self.layers}
-        probe = Probe(found, dtype=self.dtype, scale=self._scale)
+        probe = Probe(found, scale=self._scale)
         songs = self._run(probe, second)
         parts_NMR = probe.parts()
         _check(parts_NMR)
@@ -71,7 +73,7 @@ class Passes:
         return norms_NM.double().cpu().numpy(), songs
 
     def _sketch(self, width: int, seed: int) -> Sketch:
-        return Sketch(self.shapes, width=width, seed=seed, device=self.device, scale=self._scale)
+        return Sketch(self.shapes, width=width, seed=seed, device=self.device, dtype=self.dtype, scale=self._scale)
 
     @property
     def _scale(self) -> float:
@@ -79,14 +81,51 @@ class Passes:
 
     def _run(self, recorder: Sketch | Probe, asked: Iterable[Asked]) -> list[int]:
         songs_N: list[int] = []
-        with tapped(self.layers, recorder), torch.enable_grad():
+        with tapped(self.layers, recorder, dtype=self.dtype), torch.enable_grad():
+            one_pass = Replayed(self._pass) if can_capture(self.device, self.dtype) else self._pass
             for songs, task in asked:
-                recorder.begin(len(songs))
-                # Summed, not averaged: what a tap sees of a sample is the gradient of that sample's own loss.
-                (self.losses(task.to(self.device)).sum() * self._scale).backward()
+                recorder.samples.begin(len(songs))
+                one_pass(task.to(self.device))
+                recorder.samples.end()
                 songs_N += songs
                 self.after_batch(songs)
         return songs_N
+
+    def _pass(self, task: Task) -> None:
+        # Summed, not averaged: what a tap sees of a sample is the gradient of that sample's own loss.
+        (self.losses(task).sum() * self._scale).backward()
+
+
+class Replayed:
+    """A pass that becomes a CUDA graph for each shape of task that comes again; the first of a shape runs eagerly."""
+
+    def __init__(self, one_pass: Callable[[Task], None]) -> None:
+        self._pass = one_pass
+        self._seen: set[tuple[object, ...]] = set()
+        self._graphs: dict[tuple[object, ...], tuple[torch.cuda.CUDAGraph, Task]] = {}
+        self._pool: Any = None
+        self._stream = torch.cuda.Stream()
+
+    def __call__(self, task: Task) -> None:
+        """Run the pass on this task."""
+        key = tuple(None if part is None else tuple(part.shape) for part in task.parts())
+        if key not in self._seen:
+            self._seen.add(key)
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                self._pass(task)
+            torch.cuda.current_stream().wait_stream(self._stream)
+            return
+        if key not in self._graphs:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                self._pass(task)
+            self._pool = self._pool or graph.pool()
+            self._graphs[key] = (graph, task)
+        graph, own = self._graphs[key]
+        if own is not task:
+            own.copy_(task)
+        graph.replay()
 
 
 def _padded(found: Mapping[str, Directions], width: int) -> Array:

@@ -18,7 +18,9 @@ from sidestep.model.device import choose_device, choose_dtype, reset_memory_peak
 from sidestep.model.loading import load_null_condition
 from sidestep.model.names import to_diffusers
 from sidestep.preprocess.tensors import FRAMES_PER_SECOND
+from sidestep.training.accelerate import can_capture
 from sidestep.training.adapters.base import target_names
+from sidestep.training.assemble import common_rows
 from sidestep.training.batches import Plan, Song, plan_batches
 from sidestep.training.build import frozen_decoder
 from sidestep.training.objective import MinSnr, Task
@@ -44,7 +46,8 @@ class Question:
 
     def tasks(self, batches: Sequence[Sequence[Asked]]) -> Iterator[tuple[list[int], Task]]:
         """Make the tasks of these batches."""
-        return tasks(batches, self.plan, cfg_ratio=self.recipe.cfg_ratio)
+        rows = common_rows(self.plan) if can_capture(self.model.device, self.model.dtype) else 0
+        return tasks(batches, self.plan, cfg_ratio=self.recipe.cfg_ratio, rows=rows)
 
     def losses(self, task: Task) -> Tensor:
         """Return the losses as they count in training, [B]; the task is on the model's device."""
@@ -59,6 +62,8 @@ class Question:
 
 def prepare(config: EstimateConfig, *, checkpoint: Checkpoint, emit: Emit) -> Question:
     """Check the songs, lay out the draws, load the decoder; errors are those of training."""
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.precision, device)
     run = run_of(config)
     recipe = resolve_recipe(run, name=config.recipe, is_turbo=checkpoint.is_turbo)
     songs = find_songs(config.dataset_dir, checkpoint, emit=emit)
@@ -68,13 +73,12 @@ def prepare(config: EstimateConfig, *, checkpoint: Checkpoint, emit: Emit) -> Qu
         chunk_seconds=config.chunk_duration,
         repeats=1,
         seed=config.seed,
+        few_lengths=can_capture(device, dtype),
     )
     law = sampler_of(recipe, mu=checkpoint.timestep_mu, sigma=checkpoint.timestep_sigma)
     first, second = halves(
         plan, law, batches=config.estimate_batches, within=focus_range(config.timestep_focus), seed=config.seed
     )
-    device = choose_device(config.device)
-    dtype = choose_dtype(config.precision, device)
     reset_memory_peak(device)
     decoder = frozen_decoder(checkpoint, quantize=config.quantize, device=device, dtype=dtype)
     model = Model(

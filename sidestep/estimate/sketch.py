@@ -23,11 +23,41 @@ OVERSAMPLING = (
 
 @dataclass(frozen=True, slots=True)
 class Directions:
-    """Leading singular triplets of a layer's mean gradient: `left_OR`, `values_R` falling, `right_IR`."""
+    """Leading singular triplets of a layer's mean gradient: `left_OR`, `values_R` falling, `right_IR`.
+
+    The vectors are in the model's dtype, on its device; the values in float32, on the CPU.
+    """
 
     left_OR: Tensor
     values_R: Tensor
     right_IR: Tensor
+
+
+class _PerSample:
+    """Collects numbers of every sample, a batch at a time, where a captured pass can write them again and again."""
+
+    def __init__(self, *shape: int, device: torch.device) -> None:
+        self._shape = shape
+        self._device = device
+        self._places: dict[int, Tensor] = {}
+        self._kept: list[Tensor] = []
+        self.now = torch.empty(0)
+        self.count = 0
+
+    def begin(self, samples: int) -> None:
+        """Make `now` a place for a batch of so many samples: the same one each time."""
+        if samples not in self._places:
+            self._places[samples] = torch.zeros(samples, *self._shape, device=self._device)
+        self.now = self._places[samples]
+
+    def end(self) -> None:
+        """Keep what is in `now`."""
+        self._kept.append(self.now.clone())
+        self.count += len(self.now)
+
+    def all(self) -> Tensor:
+        """Return what was kept, [samples, ...]."""
+        return torch.cat(self._kept)
 
 
 class Sketch:
@@ -38,46 +68,47 @@ class Sketch:
     """
 
     def __init__(
-        self, shapes: Mapping[str, Shape], *, width: int, seed: int, device: torch.device, scale: float = 1.0
+        self,
+        shapes: Mapping[str, Shape],
+        *,
+        width: int,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        scale: float = 1.0,
     ) -> None:
         self._shapes = shapes
-        self._width = width + OVERSAMPLING
         self._scale = scale
         self._device = device
+        self._dtype = dtype
         self._row = {module: row for row, module in enumerate(shapes)}
-        self._omega = {size: _orthonormal(size, self._width, seed, device) for size in {i for _, i in shapes.values()}}
-        self._psi = {
-            size: _orthonormal(size, 2 * self._width, -seed - 1, device) for size in {o for o, _ in shapes.values()}
-        }
+        width += OVERSAMPLING
+        outputs, inputs = ({shape[side] for shape in shapes.values()} for side in (0, 1))
+        # Rounded to the model's dtype once: the decomposition has to know the very numbers that were multiplied by.
+        self._omega = {size: _orthonormal(size, width, seed, device).to(dtype) for size in inputs}
+        self._psi = {size: _orthonormal(size, 2 * width, -seed - 1, device).to(dtype) for size in outputs}
         self._range: dict[str, Tensor] = {}
         self._corange: dict[str, Tensor] = {}
         for module, (outputs, inputs) in shapes.items():
             self._range[module] = torch.zeros(outputs, self._omega[inputs].shape[1], device=device)
             self._corange[module] = torch.zeros(inputs, self._psi[outputs].shape[1], device=device)
-        self._norms: list[Tensor] = []
-        self._samples = 0
-
-    def begin(self, samples: int) -> None:
-        """Announce a batch of so many samples."""
-        self._norms.append(torch.zeros(samples, len(self._shapes), device=self._device))
-        self._samples += samples
+        self.samples = _PerSample(len(shapes), device=device)
 
     def take(self, module: str, inputs_BSI: Tensor, gradients_BSO: Tensor) -> None:
         """Add a layer's gradient to its sketches."""
         outputs, inputs = self._shapes[module]
-        omega_IK = self._omega[inputs].to(inputs_BSI.dtype)
-        psi_OL = self._psi[outputs].to(inputs_BSI.dtype)
+        omega_IK = self._omega[inputs]
         image_BOK = gradients_BSO.mT @ (inputs_BSI @ omega_IK)
-        coimage_BIL = inputs_BSI.mT @ (gradients_BSO @ psi_OL)
+        coimage_BIL = inputs_BSI.mT @ (gradients_BSO @ self._psi[outputs])
         self._range[module] += image_BOK.float().sum(0)
         self._corange[module] += coimage_BIL.float().sum(0)
         # Random orthonormal columns keep K / I of the squared norm on average.
         share = omega_IK.shape[1] / inputs
-        self._norms[-1][:, self._row[module]] = image_BOK.float().square().sum((1, 2)) / share
+        self.samples.now[:, self._row[module]] = image_BOK.float().square().sum((1, 2)) / share
 
     def norms(self) -> Tensor:
         """Return the norm of each sample's gradient, [samples, layers], in the order they were taken."""
-        return torch.cat(self._norms).sqrt() / self._scale
+        return self.samples.all().sqrt() / self._scale
 
     def directions(self, module: str, count: int) -> Directions:
         """Return up to `count` singular directions of a layer's mean gradient, and let its sketches go."""
@@ -92,40 +123,35 @@ class Sketch:
         count = min(count, len(values_K))
         return Directions(
             left_OR=self._rounded(basis_OK @ left_KK[:, :count]),
-            values_R=self._rounded(values_K[:count] / (self._samples * self._scale)),
+            values_R=(values_K[:count] / (self.samples.count * self._scale)).float().cpu(),
             right_IR=self._rounded(right_IK @ turned_KK[:count].T),
         )
 
     def _rounded(self, tensor: Tensor) -> Tensor:
-        return tensor.float().to(self._device)
+        return tensor.to(self._device, self._dtype)
 
 
 class Probe:
     """A recorder of how much of each sample's gradient lies along given directions: u_i^T G v_i, exactly."""
 
-    def __init__(self, directions: Mapping[str, Directions], *, dtype: torch.dtype, scale: float = 1.0) -> None:
-        self._left = {module: found.left_OR.to(dtype) for module, found in directions.items()}
-        self._right = {module: found.right_IR.to(dtype) for module, found in directions.items()}
+    def __init__(self, directions: Mapping[str, Directions], *, scale: float = 1.0) -> None:
+        self._directions = directions
         self._row = {module: row for row, module in enumerate(directions)}
-        self._width = max(len(found.values_R) for found in directions.values())
-        self._device = next(iter(self._left.values())).device
+        width = max(len(found.values_R) for found in directions.values())
+        self.samples = _PerSample(len(directions), width, device=next(iter(directions.values())).left_OR.device)
         self._scale = scale
-        self._parts: list[Tensor] = []
-
-    def begin(self, samples: int) -> None:
-        """Announce a batch of so many samples."""
-        self._parts.append(torch.zeros(samples, len(self._row), self._width, device=self._device))
 
     def take(self, module: str, inputs_BSI: Tensor, gradients_BSO: Tensor) -> None:
         """Take the parts of a layer's gradient along its directions."""
-        left_BSR = gradients_BSO @ self._left[module].to(gradients_BSO.dtype)
-        right_BSR = inputs_BSI @ self._right[module].to(inputs_BSI.dtype)
+        along = self._directions[module]
+        left_BSR = gradients_BSO @ along.left_OR
+        right_BSR = inputs_BSI @ along.right_IR
         parts_BR = (left_BSR.float() * right_BSR.float()).sum(1)
-        self._parts[-1][:, self._row[module], : parts_BR.shape[1]] = parts_BR
+        self.samples.now[:, self._row[module], : parts_BR.shape[1]] = parts_BR
 
     def parts(self) -> Tensor:
         """Return [samples, layers, directions]; zero beyond a layer's own directions."""
-        return torch.cat(self._parts) / self._scale
+        return self.samples.all() / self._scale
 
 
 def _precise(tensor: Tensor) -> Tensor:

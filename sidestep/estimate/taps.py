@@ -21,7 +21,7 @@ class Recorder(Protocol):
     """Takes in what a pass shows of one layer."""
 
     def take(self, module: str, inputs_BSI: Tensor, gradients_BSO: Tensor) -> None:
-        """Take the layer's input and the gradient of the summed loss by its output, in one dtype."""
+        """Take the layer's input and the gradient of the summed loss by its output."""
         ...
 
 
@@ -42,14 +42,14 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore
         (inputs,) = ctx.saved_tensors
         with torch.no_grad():
-            ctx.take(inputs.to(gradient.dtype), gradient)
+            ctx.take(inputs, gradient)
         return gradient, None, None, None
 
 
 @contextmanager
-def tapped(layers: Mapping[str, nn.Module], recorder: Recorder) -> Iterator[None]:
-    """While open, every backward pass through `layers` shows them to the recorder. Quantized layers too."""
-    handles = [layer.register_forward_hook(_hook(name, recorder)) for name, layer in layers.items()]
+def tapped(layers: Mapping[str, nn.Module], recorder: Recorder, *, dtype: torch.dtype) -> Iterator[None]:
+    """While open, every backward pass through `layers` shows them to the recorder in `dtype`; quantized layers too."""
+    handles = [layer.register_forward_hook(_hook(name, recorder, dtype)) for name, layer in layers.items()]
     try:
         yield
     finally:
@@ -57,9 +57,11 @@ def tapped(layers: Mapping[str, nn.Module], recorder: Recorder) -> Iterator[None
             handle.remove()
 
 
-def _hook(name: str, recorder: Recorder) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+def _hook(
+    name: str, recorder: Recorder, dtype: torch.dtype
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     def take(inputs: Tensor, gradients: Tensor) -> None:
-        recorder.take(name, inputs, gradients)
+        recorder.take(name, inputs.to(dtype), gradients.to(dtype))
 
     def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
         # Nothing is trained, so the graph needs one leaf of its own to be built at all.

@@ -28,7 +28,6 @@ from sidestep.training.state import TrainState
 from sidestep.training.step import Stepper
 from sidestep.training.timesteps import Continuous, Discrete, Sampler, sampler_of
 
-
 # How an optimizer computes depends on the device; a run may go on on another one.
 _OF_THE_MACHINE = frozenset({"fused", "foreach", "capturable"})
 
@@ -149,11 +148,11 @@ def _batches(
         pin_memory=config.pin_memory and device.type == "cuda",
         prefetch_factor=config.prefetch_factor,
         persistent_workers=config.persistent_workers,
-        rows=_common_rows(plan) if can_capture(device, dtype) else 0,
+        rows=common_rows(plan) if can_capture(device, dtype) else 0,
     )
 
 
-def _common_rows(plan: Plan) -> int:
+def common_rows(plan: Plan) -> int:
     """Return to how many rows all prompts are padded: the longest's, to a multiple of 8 where a mask is needed."""
     rows = {song.rows for song in plan.songs}
     return max(rows) if len(rows) == 1 else -(-max(rows) // 8) * 8

@@ -181,10 +181,11 @@ def exact_gradients(model: Deep, asked: list[tuple[list[int], Any]]) -> dict[str
 def sketched(model: Deep, asked: list[tuple[list[int], Any]], width: int) -> Sketch:
     run = deep_passes(model)
     sketch = Sketch(run.shapes, width=width, seed=0, device=run.device)
-    with tapped(model.layers, sketch):
+    with tapped(model.layers, sketch, dtype=torch.float32):
         for songs, question in asked:
-            sketch.begin(len(songs))
+            sketch.samples.begin(len(songs))
             run.losses(question).sum().backward()
+            sketch.samples.end()
     return sketch
 
 
