@@ -1,7 +1,6 @@
 """Frozen weights in few bits: how near they stay, what their gradient is, and that every adapter trains on them."""
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 

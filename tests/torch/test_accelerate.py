@@ -1,0 +1,136 @@
+"""What makes a run faster or smaller without changing it: when it is chosen, and what it leaves alone."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sidestep.errors import ConfigError
+from sidestep.events import Event, Notice
+from sidestep.model.checkpoint import Checkpoint
+from sidestep.training import accelerate
+from sidestep.training.accelerate import WORTH_COMPILING, can_capture, wants_compile, why_not_compile
+from sidestep.training.build import recomputed_blocks
+from tests.torch.tiny import Trained, assert_identical, prepare, tiny_config, train, write_songs
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+COMPILE = torch.compile
+
+
+@pytest.fixture
+def new_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretend to have a GPU, Triton and a compiler."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(accelerate.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(accelerate.shutil, "which", lambda name: f"/usr/bin/{name}")
+
+
+def decide(asked: bool | None, device: torch.device, passes: int) -> tuple[bool, list[str]]:
+    events: list[Event] = []
+    wanted = wants_compile(asked, device, passes=passes, emit=events.append)
+    return wanted, [event.text for event in events if isinstance(event, Notice)]
+
+
+def test_long_runs_are_compiled_and_short_ones_are_not_unless_it_was_said(new_gpu: None):
+    assert decide(None, CUDA, WORTH_COMPILING) == (True, [])
+    assert decide(None, CUDA, WORTH_COMPILING - 1) == (False, [])
+    assert decide(True, CUDA, 1) == (True, [])
+    assert decide(False, CUDA, 10**6) == (False, [])
+
+
+@pytest.mark.parametrize(
+    ("what", "change", "reason"),
+    [
+        ("an old GPU", (torch.cuda, "get_device_capability", lambda device: (6, 1)), "too old for Triton"),
+        ("no Triton", (accelerate.importlib.util, "find_spec", lambda name: None), "Triton is not installed"),
+        ("no compiler", (accelerate.shutil, "which", lambda name: None), "C compiler"),
+    ],
+)
+def test_what_is_missing_is_said_once_and_asking_for_it_is_an_error(
+    new_gpu: None, monkeypatch: pytest.MonkeyPatch, what: str, change: tuple[Any, str, Any], reason: str
+):
+    monkeypatch.setattr(*change)
+    wanted, (said,) = decide(None, CUDA, 10**6)
+    assert not wanted and reason in said and "training is the same, and slower" in said
+    with pytest.raises(ConfigError, match=f"--compile cannot be had here: .*{reason}"):
+        decide(True, CUDA, 10**6)
+    assert decide(False, CUDA, 10**6) == (False, [])
+
+
+def test_on_the_cpu_it_is_an_error_to_ask_and_nothing_is_said_otherwise(tmp_path: Path, base: Checkpoint):
+    assert "runs on cpu" in why_not_compile(CPU)
+    assert decide(None, CPU, 10**6) == decide(False, CPU, 10**6) == (False, [])
+    songs = write_songs(tmp_path / "songs", base, (20,))
+    with pytest.raises(ConfigError, match="--compile cannot be had here: compiled blocks need CUDA") as caught:
+        prepare(tiny_config(compile=True), base, songs, tmp_path / "run")
+    assert "the numbers are the same" in caught.value.hint
+    assert prepare(tiny_config(compile=False), base, songs, tmp_path / "run").stepper.model.compiled_blocks is None
+
+
+def compiled_run(
+    tmp_path: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, frames: tuple[int, ...], *, asked: bool
+) -> Trained:
+    """Train with compiled blocks on the CPU: torch.compile without a code generator."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(accelerate, "why_not_compile", lambda device: "")
+    monkeypatch.setattr(torch, "compile", lambda block: COMPILE(block, backend="eager"))
+    songs = write_songs(tmp_path / "songs", checkpoint, frames)
+    config = tiny_config(
+        compile=asked,
+        epochs=1,
+        dropout=0.2,
+        target_modules=("q_proj",),
+        gradient_checkpointing=len(set(frames)) == 1,
+        gradient_checkpointing_ratio=0.5,
+    )
+    return train(config, checkpoint, songs, tmp_path / f"compiled_{asked}")
+
+
+@pytest.mark.parametrize("frames", [(30, 30), (20, 30)], ids=str)
+def test_compiled_blocks_train_to_the_same_weights_dropout_included(
+    tmp_path: Path, base: Checkpoint, monkeypatch: pytest.MonkeyPatch, frames: tuple[int, ...]
+):
+    eager, compiled = (compiled_run(tmp_path, base, monkeypatch, frames, asked=asked) for asked in (False, True))
+    assert compiled.run.stepper.model.compiled_blocks is not None
+    assert compiled.losses == pytest.approx(eager.losses, rel=1e-5)
+    for name, weight in eager.weights.items():
+        torch.testing.assert_close(compiled.weights[name], weight, atol=1e-6, rtol=1e-4)
+
+
+def test_passes_are_captured_on_cuda_but_not_in_float16():
+    found = {(device.type, dtype) for device in (CPU, CUDA) for dtype in (torch.bfloat16, torch.float16, torch.float32)
+             if can_capture(device, dtype)}  # fmt: skip
+    assert found == {("cuda", torch.bfloat16), ("cuda", torch.float32)}
+
+
+@given(st.integers(1, 40), st.floats(0, 1))
+def test_as_many_blocks_are_recomputed_as_the_ratio_says_and_they_are_spread_evenly(blocks: int, ratio: float):
+    recomputed = recomputed_blocks(blocks, ratio)
+    assert len(recomputed) == blocks
+    assert sum(recomputed) == round(blocks * ratio)
+    # Any two stretches of the same length hold the same number of them, give or take one.
+    for length in range(1, blocks + 1):
+        counts = [sum(recomputed[at : at + length]) for at in range(blocks - length + 1)]
+        assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize(("ratio", "expected"), [(1.0, 4), (0.5, 2), (0.25, 1), (0.0, 0)])
+def test_a_part_of_the_blocks_is_recomputed_and_the_weights_are_the_same(
+    tmp_path: Path, base: Checkpoint, ratio: float, expected: int
+):
+    songs = write_songs(tmp_path / "songs", base, (30,))
+    config = tiny_config(dropout=0.2, epochs=1, gradient_checkpointing=True, gradient_checkpointing_ratio=ratio)
+    run = prepare(config, base, songs, tmp_path / "run")
+    calls = []
+    for block in run.stepper.model.decoder.layers:
+        block.mlp.register_forward_hook(lambda *call: calls.append(1))
+    (batch,) = run.batches.epoch(0)
+    run.stepper([batch], lr=1e-3, seeds=[1])
+    assert len(calls) == 4 + expected
+    plain = prepare(replace(config, gradient_checkpointing=False), base, songs, tmp_path / "plain")
+    plain.stepper([batch], lr=1e-3, seeds=[1])
+    assert_identical(dict(run.adapter.parameters), dict(plain.adapter.parameters))
