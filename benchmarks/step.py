@@ -152,7 +152,9 @@ def ours(case: Case, machine: Machine) -> Subject:
     )
     stepper = Stepper(
         model=model,
-        passes=make_passes(model, scaler) if is_captured else EagerPasses(model=model, scaler=scaler),
+        passes=make_passes(model, list(adapter.parameters.values()), scaler)
+        if is_captured
+        else EagerPasses(model=model, scaler=scaler),
         parameters=adapter.parameters,
         modules=adapter.modules,
         optimizer=optimizer,

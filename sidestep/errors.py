@@ -6,6 +6,7 @@ SidestepError            a message, a hint with the way out, and an exit code
 ├── DataError     exit 1  audio, a sidecar, dataset.json or a tensor file is wrong
 ├── ModelError    exit 1  a checkpoint or an adapter is missing, damaged or of another model
 └── RunError      exit 1  memory or disk ran out
+    ├── NoRoomError       the device's memory is too small
     ├── NonFiniteError    the loss or its gradient is no longer a finite number
     └── ReadingError      a process that reads the songs was killed
 ```
@@ -40,6 +41,10 @@ class ModelError(SidestepError):
 
 class RunError(SidestepError):
     """The machine could not carry on: memory, disk, or non-finite numbers."""
+
+
+class NoRoomError(RunError):
+    """The device's memory is too small for what was asked."""
 
 
 class NonFiniteError(RunError):

@@ -119,14 +119,14 @@ def _train(command: str, config: TrainConfig, checkpoint: Checkpoint, output_dir
         show = stack.enter_context(open_screen(console))
         from sidestep.listen.page import ReportPage
         from sidestep.listen.samples import TrainingSamples, prepare_wordings
-        from sidestep.training.assemble import assemble
+        from sidestep.training.fit import assemble_fitting
         from sidestep.training.run import carry_out
         from sidestep.ui.metrics import MetricsFile
         from sidestep.ui.tensorboard import TensorBoard
 
         # Before the decoder is loaded: the encoders are gone again when it comes.
         wordings = prepare_wordings(config, checkpoint, dataset_dir) if config.sample_every_n_epochs else []
-        training = assemble(
+        training = assemble_fitting(
             config,
             recipe_name=command,
             checkpoint=checkpoint,

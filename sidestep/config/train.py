@@ -98,6 +98,13 @@ class TrainConfig(AdapterConfig):
         group=TRAINING,
         default="none",
     )
+    auto_fit: bool = option(
+        "Where a step does not fit the GPU, change settings until it does, and say which.",
+        group=TRAINING,
+        default=False,
+        on_resume="free",
+        in_presets=False,
+    )
     compile: bool | None = option(
         "Compile the model's blocks; auto: where it can be had and the run is long enough to get the time back.",
         group=TRAINING,

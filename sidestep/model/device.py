@@ -1,5 +1,6 @@
 """The device and the precision to compute in, and how much memory they took."""
 
+import gc
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -81,3 +82,14 @@ def reset_memory_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     elif device.type == "xpu":
         torch.xpu.reset_peak_memory_stats(device)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what the part of the model that was just dropped took, before the next one is loaded."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+    elif device.type == "xpu":
+        torch.xpu.empty_cache()

@@ -40,8 +40,8 @@ def velocity(
     condition = decoder.condition_embedder(condition_BLD)
     rotary = _rotary(decoder, hidden)
     if any_length:
-        for tensor, dim in ((rotary[0], 0), (rotary[1], 0), (condition, 1)):
-            torch._dynamo.mark_dynamic(tensor, dim)
+        for part in rotary:
+            torch._dynamo.mark_dynamic(part, 0)
     for block, is_recomputed in zip(blocks, recompute, strict=True):
         if any_length:
             torch._dynamo.mark_dynamic(hidden, 1)

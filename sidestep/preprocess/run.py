@@ -4,7 +4,6 @@ Pass 1 encodes the audio with the VAE, then the words with the text encoder, and
 the condition and writes the tensor files. What still holds from an earlier run, finished or not, is not done again.
 """
 
-import gc
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from sidestep.data.dataset_file import Dataset, Track
 from sidestep.errors import DataError, RunError
 from sidestep.events import Emit
 from sidestep.model.checkpoint import Checkpoint, check_encoders
+from sidestep.model.device import free_memory
 from sidestep.model.loading import load_condition_encoder, load_silence_latent, load_text_encoder, load_vae
 from sidestep.preprocess.encode_audio import Loudness, encode_wave, load_wave
 from sidestep.preprocess.encode_condition import context_latents, encode_condition
@@ -111,11 +111,11 @@ def _preprocess(run: _Run, dataset: Dataset) -> PreprocessResult:
     songs = _plan(run, dataset, recipe)
     unchanged = [song for song in songs if song.is_unchanged]
     ready = _encode_audio(run, [song for song in songs if not song.is_unchanged])
-    _free_memory(run.device)
+    free_memory(run.device)
     ready = _encode_texts(run, ready)
-    _free_memory(run.device)
+    free_memory(run.device)
     done = _write_tensors(run, ready, timbre)
-    _free_memory(run.device)
+    free_memory(run.device)
     remove_parts(run.output)
     if not done and not unchanged:
         raise DataError(
@@ -244,14 +244,3 @@ def _condition(
 def _without(songs: list[Song], tried: list[Song], done: list[Song]) -> list[Song]:
     failed = {song.file for song in tried} - {song.file for song in done}
     return [song for song in songs if song.file not in failed]
-
-
-def _free_memory(device: torch.device) -> None:
-    """Give back what the part of the model that was just dropped took, before the next one is loaded."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif device.type == "mps":
-        torch.mps.empty_cache()
-    elif device.type == "xpu":
-        torch.xpu.empty_cache()

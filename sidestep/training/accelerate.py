@@ -6,11 +6,12 @@ Neither changes what is computed. What cannot be had is said in one line, and tr
 import importlib.util
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
+from torch.nn import Parameter
 
 from sidestep.errors import ConfigError
 from sidestep.events import Emit, Notice
@@ -56,10 +57,10 @@ def wants_compile(asked: bool | None, device: torch.device, *, passes: int, emit
     return bool(asked)
 
 
-def make_passes(model: Model, scaler: GradScaler) -> Passes:
+def make_passes(model: Model, parameters: Sequence[Parameter], scaler: GradScaler) -> Passes:
     """Return captured passes where there can be any, else eager ones."""
     if can_capture(model.device, model.dtype):
-        return CapturedPasses(model=model)
+        return CapturedPasses(model=model, parameters=parameters)
     return EagerPasses(model=model, scaler=scaler)
 
 

@@ -346,3 +346,11 @@ class Batches:
                 "A process that reads the songs was killed.",
                 hint="Memory or shared memory ran out, most likely: read in the main process with --num-workers 0.",
             ) from error
+
+
+def collate_draws(batches: Batches, draws: Sequence[Draw]) -> Batch:
+    """Make one batch of these draws here and now; DataError when a file went bad."""
+    batch = Collate(batches.rows)([batches.draws[draw] for draw in draws])
+    if isinstance(batch, SidestepError):
+        raise batch
+    return batch

@@ -7,7 +7,7 @@ from torch.amp.grad_scaler import GradScaler
 from sidestep.config.rank_map import RankMap
 from sidestep.config.recipe import Recipe, learning_rate_of
 from sidestep.config.train import TrainConfig
-from sidestep.errors import RunError
+from sidestep.errors import NoRoomError
 from sidestep.events import Emit, Notice
 from sidestep.model.attention import use_processors
 from sidestep.model.checkpoint import Checkpoint
@@ -40,13 +40,13 @@ def build_stepper(
 ) -> tuple[Adapter, Stepper]:
     """Load the decoder, attach the adapter that was asked for, and return it with the stepper that trains it.
 
-    RunError when the device has no room for them.
+    NoRoomError when the device has no room for them.
     """
     reset_memory_peak(device)
     try:
         model, adapter = _model(config, recipe, checkpoint, rank_map, sampler=sampler, device=device, dtype=dtype)
     except torch.OutOfMemoryError as error:
-        raise RunError(
+        raise NoRoomError(
             f"The model {checkpoint.variant} does not fit into the free memory of {device}.",
             hint="Close other programs that use it, add --quantize int8 or nf4, or train a smaller --model-variant.",
         ) from error
@@ -110,7 +110,7 @@ def _stepper(config: TrainConfig, model: Model, adapter: Adapter) -> Stepper:
     scaler = GradScaler(model.device.type, enabled=model.dtype == torch.float16)
     return Stepper(
         model=model,
-        passes=make_passes(model, scaler),
+        passes=make_passes(model, list(adapter.parameters.values()), scaler),
         parameters=adapter.parameters,
         modules=adapter.modules,
         optimizer=optimizer,

@@ -11,6 +11,7 @@ import torch
 from diffusers.models.transformers.ace_step_transformer import AceStepTransformer1DModel
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
+from torch.nn import Parameter
 
 from sidestep.model.attention import CrossAttention, blocks_of
 from sidestep.model.device import autocast
@@ -114,6 +115,7 @@ class CapturedPasses:
     """
 
     model: Model
+    parameters: Sequence[Parameter]
     _captured: dict[tuple[object, ...], _Captured] = field(default_factory=dict)
     _pool: Any = None
 
@@ -151,7 +153,10 @@ class CapturedPasses:
     def _pass(self, task: Task, share: Tensor) -> Tensor:
         # `share` is zero while warming up, and so are the gradients that adds.
         loss = self.model.weighted(self.model.losses(task, compiled=True), task).sum() * share
-        loss.backward()
+        gradients = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
+        # Together: `backward()` would add each of some 400 small tensors by a kernel of its own.
+        sums = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        torch._foreach_add_(sums, gradients)  # pyright: ignore[reportPrivateImportUsage]
         return loss.detach()
 
 

@@ -10,12 +10,13 @@ import torch
 
 from sidestep.config.runs import CHECKPOINTS, checkpoint_name
 from sidestep.config.train import TrainConfig
-from sidestep.errors import DataError, NonFiniteError, ReadingError, RunError
+from sidestep.errors import DataError, NonFiniteError, NoRoomError, ReadingError
 from sidestep.events import AdapterSaved, CheckpointSaved, Emit, RunDone, RunStarted, Validated
 from sidestep.preprocess.tensors import FRAMES_PER_SECOND
 from sidestep.training.adapters.base import current_values
 from sidestep.training.assemble import Run
 from sidestep.training.checkpoints import Snapshot, save_adapter, save_checkpoint
+from sidestep.training.fit import takes_less
 from sidestep.training.loop import Hooks, Reason, train
 from sidestep.training.state import TrainState
 from sidestep.training.validation import held_out_loss
@@ -168,7 +169,8 @@ def _saving_on_failure(run: Run, emit: Emit) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         _keep(run, emit)
-        raise RunError(f"The {run.stepper.model.device.type} device is out of memory.", hint=_smaller(run)) from error
+        hint = takes_less(run.config, run.longest_seconds) + _saved(run)
+        raise NoRoomError(f"The {run.stepper.model.device.type} device is out of memory.", hint=hint) from error
     except (NonFiniteError, DataError, ReadingError):
         _keep(run, emit)
         raise
@@ -179,20 +181,5 @@ def _keep(run: Run, emit: Emit) -> None:
         _save(run, emit)
 
 
-def _smaller(run: Run) -> str:
-    """Say which of this run's settings would take less memory."""
-    config = run.config
-    ways = []
-    if not config.gradient_checkpointing:
-        ways.append("--gradient-checkpointing")
-    if config.batch_size > 1:
-        ways.append(f"--batch-size {config.batch_size // 2} --gradient-accumulation {config.gradient_accumulation * 2}")
-    seconds = run.longest_seconds
-    if seconds > 60:
-        ways.append(f"--chunk-duration {60 if seconds <= 120 else round(seconds / 2)}")
-    if config.optimizer_type == "adamw":
-        ways.append("--optimizer-type adamw8bit")
-    if config.rank > 16:
-        ways.append(f"--rank {config.rank // 2}")
-    saved = f" What was done is saved: {resume_command(run)}" if run.state.step > run.first_step else ""
-    return f"These take less: {'; '.join(ways) or 'a smaller model'}.{saved}"
+def _saved(run: Run) -> str:
+    return f" What was done is saved: {resume_command(run)}" if run.state.step > run.first_step else ""

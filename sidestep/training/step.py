@@ -69,6 +69,10 @@ class Stepper:
         self._update(reading, lr)
         return reading
 
+    def forget_failures(self) -> None:
+        """Let updates go on after numbers that were not finite, when the weights have been put back."""
+        self._not_finite.zero_()
+
     def _update(self, reading: StepReading, lr: float) -> None:
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):

@@ -1,0 +1,148 @@
+"""Whether a run fits the device: one real step at its longest sample, measured, and the settings that take less."""
+
+import copy
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from sidestep.config.settings import flag_of, show_value, values_of
+from sidestep.config.train import TrainConfig
+from sidestep.errors import NoRoomError
+from sidestep.events import Emit, Notice
+from sidestep.model.device import choose_device, free_memory, memory_gib, reset_memory_peak
+from sidestep.training.adapters.base import current_values, load_values
+from sidestep.training.assemble import Run, assemble
+from sidestep.training.batches import Batch, Draw, collate_draws
+
+GIB = 2**30
+WINDOW = 60  # Seconds; the window that is proposed where whole songs are too long.
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What a step at the longest sample took: seconds, and GiB of the device's GiB."""
+
+    step_seconds: float
+    peak_gib: float
+    device_gib: float
+
+
+def measure(run: Run) -> Fit | None:
+    """Make one real step at the run's longest sample and put everything back; None where there is no CUDA to measure.
+
+    NoRoomError, with settings that take less, when it does not fit.
+    """
+    device = run.stepper.model.device
+    if device.type != "cuda":
+        return None
+    batch = _longest(run)
+    values, optimizer = current_values(run.adapter), copy.deepcopy(run.stepper.optimizer.state_dict())
+    reset_memory_peak(device)
+    try:
+        seconds = [_timed_step(run, batch) for _ in range(2)][-1]
+    except torch.OutOfMemoryError as error:
+        raise NoRoomError(
+            f"A step at {run.longest_seconds:g} s of music does not fit into the memory of {device}.",
+            hint=f"{takes_less(run.config, run.longest_seconds)} Or let --auto-fit choose.",
+        ) from error
+    finally:
+        load_values(run.adapter, values, source="The adapter")
+        run.stepper.optimizer.load_state_dict(optimizer)
+        run.stepper.forget_failures()
+    total = torch.cuda.get_device_properties(device).total_memory / GIB
+    return Fit(seconds, memory_gib(device) or 0.0, total)
+
+
+def assemble_fitting(config: TrainConfig, *, emit: Emit, **parts: Any) -> Run:
+    """Put a run together like `assemble` and measure it; with `auto_fit`, change settings until it fits.
+
+    NoRoomError when it does not fit, or nothing is left to change.
+    """
+    while True:
+        try:
+            run = assemble(config, emit=emit, **parts)
+            fit = measure(run)
+        except NoRoomError:
+            longest = config.chunk_duration or config.max_duration
+            smaller = next(ways_to_take_less(config, longest), None)
+            if not config.auto_fit or smaller is None:
+                raise
+            emit(Notice(text=f"That does not fit; trying with {flags_between(config, smaller)}.", level="warning"))
+            config = smaller
+        else:
+            if fit:
+                report(run, fit, emit)
+            return run
+        run = None
+        free_memory(choose_device(config.device))
+
+
+def report(run: Run, fit: Fit, emit: Emit) -> None:
+    """Say what was measured, and how long the run will take at most."""
+    left = (run.pace.total_steps - run.state.step) * fit.step_seconds
+    emit(
+        Notice(
+            text=f"Measured at the longest sample ({run.longest_seconds:g} s): {fit.peak_gib:.1f} of "
+            f"{fit.device_gib:.0f} GiB, {fit.step_seconds:.2f} s a step; {_duration(left)} to the end at most."
+        )
+    )
+
+
+def ways_to_take_less(config: TrainConfig, seconds: float) -> Iterator[TrainConfig]:
+    """Yield this config with one setting changed for less memory, what costs the least first."""
+    if not config.gradient_checkpointing or config.gradient_checkpointing_ratio < 1:
+        yield replace(config, gradient_checkpointing=True, gradient_checkpointing_ratio=1.0)
+    if config.batch_size > 1:
+        passes = config.gradient_accumulation * 2
+        yield replace(config, batch_size=config.batch_size // 2, gradient_accumulation=passes)
+    if config.quantize == "none":
+        yield replace(config, quantize="int8")
+    if config.optimizer_type == "adamw":
+        yield replace(config, optimizer_type="adamw8bit")
+    if config.quantize == "int8":
+        yield replace(config, quantize="nf4")
+    if seconds > WINDOW:
+        yield replace(config, chunk_duration=float(max(WINDOW, round(seconds / 2))))
+    if config.rank > 16:
+        yield replace(config, rank=config.rank // 2, alpha=config.alpha / 2)
+
+
+def takes_less(config: TrainConfig, seconds: float) -> str:
+    """Return the flags of the settings that take less memory, for a hint."""
+    ways = [flags_between(config, way) for way in ways_to_take_less(config, seconds)]
+    return f"These take less: {'; '.join(ways) or 'a smaller model'}."
+
+
+def flags_between(before: TrainConfig, after: TrainConfig) -> str:
+    """Return the flags that make `after` of `before`."""
+    old = values_of(before)
+    changed = {name: value for name, value in values_of(after).items() if value != old[name]}
+    words = (flag_of(n) if value is True else f"{flag_of(n)} {show_value(value)}" for n, value in changed.items())
+    return " ".join(words)
+
+
+def _longest(run: Run) -> Batch:
+    plan = run.batches.plan
+    group = max(plan.groups, key=lambda group: group.frames)
+    song = max(group.songs, key=lambda at: plan.songs[at].rows)
+    draws = [Draw(song, 0, group.frames, seed) for seed in range(plan.batch_size)]
+    return collate_draws(run.batches, draws)
+
+
+def _timed_step(run: Run, batch: Batch) -> float:
+    batches = [batch] * run.config.gradient_accumulation
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run.stepper(batches, lr=run.pace.lr, seeds=[0] * len(batches))
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
