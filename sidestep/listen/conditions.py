@@ -1,5 +1,6 @@
 """Prompts to what the decoder attends to; every encoder is released when all prompts are encoded."""
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,6 +50,10 @@ def encode_prompts(
         timbre = load_silence_latent(checkpoint, frames=_TIMBRE_FRAMES)
         rows = [encode_condition(encoder, text=text.text, lyrics=text.lyrics, timbre=timbre)[None] for text in texts]
         del encoder
+    # Modules refer to each other in circles; without this the encoders would stay on the GPU for a while.
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     return [
         Wording(
             prompt=prompt, seconds=length, seed=seed + place if prompt.seed is None else prompt.seed, rows_BLD=rows_BLD

@@ -10,6 +10,7 @@ PROMISED_DEFAULTS = {
     "ema_decay": 0, "val_split": 0, "early_stop_patience": 0, "save_best": True, "loss_weighting": "none",
     "snr_gamma": 5.0, "timestep_mode": "auto", "chunk_duration": 0, "pin_memory": True, "prefetch_factor": 2,
     "persistent_workers": True, "dataset_repeats": 1, "save_every": 10, "log_every": 10, "log_heavy_every": 50,
+    "sample_every_n_epochs": 0,
     "preprocess": False, "max_duration": 240, "normalize": "none", "target_db": -1.0, "target_lufs": -14.0,
 }  # fmt: skip
 
@@ -24,7 +25,8 @@ PROMISED_FLAGS = (
     "--early-stop-patience", "--save-best", "--cfg-ratio", "--loss-weighting", "--snr-gamma", "--timestep-mode",
     "--shift", "--chunk-duration", "--num-workers", "--pin-memory", "--no-pin-memory", "--prefetch-factor",
     "--persistent-workers", "--no-persistent-workers", "--dataset-repeats", "--save-every", "--resume-from",
-    "--log-dir", "--log-every", "--log-heavy-every", "--preset", "--save-preset", "--config", "--preprocess",
+    "--log-dir", "--log-every", "--log-heavy-every", "--sample-every-n-epochs",
+    "--preset", "--save-preset", "--config", "--preprocess",
     "--audio-dir", "--dataset-json", "--tensor-output", "--max-duration", "--normalize", "--target-db", "--target-lufs",
     "--plain", "--yes",
 )  # fmt: skip
