@@ -18,6 +18,9 @@ from sidestep.ui.console import Console, open_console
 from sidestep.ui.problems import LOG_NAME, open_log, quiet_libraries
 from sidestep.ui.sinks import combine, open_screen, write_log
 
+# How many standard errors 95 % of chance stays within, by the number of samples (Student's t).
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+
 
 def run(values: Mapping[str, Any], *, screen: GlobalConfig) -> int:
     """Carry out `estimate` with the typed values; returns the exit code."""
@@ -76,19 +79,19 @@ def _verify(config: EstimateConfig, output: Path, checkpoint: Checkpoint, consol
     for one in trained:
         gain, error = one.gain_over(uniform)
         better = "" if one is uniform else _with_error(gain, error)
-        after = _with_error(one.after.mean, one.after.standard_error)
+        after = _with_error(one.loss, one.error)
         rows.append((one.name, f"{one.parameters:,}", f"{one.before.mean:.5f}", after, better))
     columns = ("adapter", "parameters", "loss before", f"after {config.verify_steps} steps", "lower than uniform by")
-    console.table("Held-out loss (+- standard error over songs)", rows, columns)
+    console.table("Held-out loss (+- standard error over runs and songs)", rows, columns)
     console.print()
-    console.print(_verdict(*trained[1].gain_over(uniform)))
+    console.print(_verdict(*trained[1].gain_over(uniform), samples=min(len(uniform.after), len(uniform.before.songs))))
 
 
-def _verdict(gain: float, error: float | None) -> str:
-    """Say what the comparison shows, and no more."""
+def _verdict(gain: float, error: float | None, *, samples: int) -> str:
+    """Say what the comparison shows, and no more; `samples` is how many runs, or songs where they are fewer."""
     if error is None:
-        return "One held-out song tells nothing about others: hold more out with --val-split."
-    if abs(gain) < 2 * error:
+        return "One run, or one held-out song, tells nothing: set --verify-runs and --val-split higher."
+    if abs(gain) < STUDENT.get(samples, 2.0) * error:
         return "No difference beyond chance between the map and the uniform adapter."
     return f"The map is {'better' if gain > 0 else 'worse'} than the uniform adapter on these songs, beyond chance."
 

@@ -160,6 +160,13 @@ class EstimateConfig:
     verify_steps: int = option(
         "Optimizer steps of each of them.", group="Proof", default=100, within=Range(at_least=1), when=VERIFY
     )
+    verify_runs: int = option(
+        "How often each is trained, with another seed: one run's luck is not the map's merit.",
+        group="Proof",
+        default=3,
+        within=Range(at_least=1, at_most=100),
+        when=VERIFY,
+    )
     learning_rate: float | None = same_as(TrainConfig, "learning_rate", group="Proof", when=VERIFY)
     alpha: float = same_as(TrainConfig, "alpha", group="Proof", when=VERIFY)
     gradient_accumulation: int = same_as(TrainConfig, "gradient_accumulation", group="Proof", when=VERIFY)

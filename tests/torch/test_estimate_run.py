@@ -264,7 +264,9 @@ def test_directions_of_another_map_are_refused(rank_map: Path, tmp_path: Path):
 
 
 def test_verify_trains_all_of_them_alike(rank_map: Path, songs: Path, base: Checkpoint):
-    settings = config(songs, verify=True, verify_steps=3, val_split=0.34, rank_max=8, gradient_accumulation=1)
+    settings = config(
+        songs, verify=True, verify_steps=3, verify_runs=2, val_split=0.34, rank_max=8, gradient_accumulation=1
+    )
     results = verify(settings, rank_map, checkpoint=base, version="0", emit=lambda event: None)
     assert [one.name for one in results] == ["uniform", "cross-fit", "eva"]
     uniform = results[0]
@@ -272,9 +274,9 @@ def test_verify_trains_all_of_them_alike(rank_map: Path, songs: Path, base: Chec
     assert uniform.parameters == budget.parameters
     assert all(one.parameters <= budget.parameters for one in results)
     assert len({one.before.mean for one in results}) == 1
-    assert len({one.after.mean for one in results}) == 3
+    assert len({found.mean for one in results for found in one.after}) == 6
     assert uniform.gain_over(uniform) == (0.0, 0.0)
-    assert all(one.after.standard_error is not None for one in results)
+    assert all(one.error is not None and one.loss < 100 for one in results)
 
 
 def test_a_quantized_base_is_measured_much_alike(songs: Path, base: Checkpoint):
