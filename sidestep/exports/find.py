@@ -1,9 +1,10 @@
 """Finds an adapter's weights file and what its header says; reads headers only and loads no torch."""
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
+from sidestep.config.runs import RUN_CONFIG
 from sidestep.errors import ModelError
 
 PEFT_CONFIG = "adapter_config.json"
@@ -16,7 +17,7 @@ _LARGEST_HEADER = 100_000_000  # Bytes; the limit of the safetensors format.
 def find_adapter(path: Path) -> Path:
     """Return the weights file of an adapter: `path` itself, or the one in that folder or in adapter/ below it.
 
-    ModelError when there is none, or several that could be meant.
+    The output folder of a run means its final adapter. ModelError when there is none, or several that could be meant.
     """
     if path.is_file():
         if path.suffix != ".safetensors":
@@ -24,7 +25,7 @@ def find_adapter(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise ModelError(f"There is no adapter {path}: no such file or folder.")
-    for folder in (path, path / "adapter"):
+    for folder in (path, path / "adapter", *_final_of_run(path)):
         for name in _FILES:
             if (folder / name).is_file():
                 return folder / name
@@ -33,6 +34,15 @@ def find_adapter(path: Path) -> Path:
         return found[0]
     what = f"{len(found)} safetensors files" if found else "no safetensors file"
     raise ModelError(f"{path} holds {what}.", hint="Give the file of the adapter itself.")
+
+
+def _final_of_run(path: Path) -> list[Path]:
+    """Return the folder of the final adapter where `path` is the output folder of a run."""
+    try:
+        settings = json.loads((path / RUN_CONFIG).read_text(encoding="utf-8"))["settings"]
+        return [path / PurePath(settings["run_name"]).name]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # No run of ours.
 
 
 def header_of(file: Path) -> dict[str, str]:
