@@ -202,8 +202,8 @@ def test_curves_keep_their_ends_and_their_mean():
     points = [(float(step), 3.0) for step in range(1000)]
     assert len(thinned(points)) == 400 and thinned(points)[0] == points[0] and thinned(points)[-1] == points[-1]
     assert smoothed(points)[0] == (0.0, pytest.approx(3.0)) and smoothed(points)[-1][1] == pytest.approx(3.0)
-    assert chart("empty", [Curve(name="x", points=[])]) == ""
-    assert Parsed(chart("one", [Curve(name="x", points=[(5, 1.0)])])).all_of("svg")
+    assert chart("none", [Curve(name="x", points=[])]) == chart("one", [Curve(name="x", points=[(5, 1.0)])]) == ""
+    assert Parsed(chart("two", [Curve(name="x", points=[(5, 1.0), (6, 1.0)])])).all_of("svg")
 
 
 def test_a_png_holds_its_pixels():
