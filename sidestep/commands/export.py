@@ -36,11 +36,12 @@ def run(config: ExportConfig, *, console: Console) -> int:
 
     started = time.monotonic()
     done: Exported = export(file, checkpoint, target_name=config.to, output=config.output, rank=config.rank)
+    error = f"{done.error:.1e} of a module's change ({done.worst})" if done.error else "none: every number is the same"
     rows = [
         ("files", ", ".join(done.files)),
         ("modules", str(done.modules)),
         ("read back by", ", ".join(done.read_by)),
-        ("largest error", f"{done.error:.1e} of a module's change ({done.worst})" if done.error else "none: every number is the same"),
+        ("largest error", error),
     ]
     if done.rounding_error > 1e-4:
         rows.append(("rounding", f"the model's number format costs {done.rounding_error:.2%} of the change"))

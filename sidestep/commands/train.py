@@ -17,12 +17,13 @@ from sidestep.config.places import default_checkpoint_dir, product_version, reme
 from sidestep.config.presets import save_preset
 from sidestep.config.rank_map import read_rank_map
 from sidestep.config.resolve import resolve_training
-from sidestep.config.runs import RUN_CONFIG, checkpoints_in
+from sidestep.config.runs import RUN_CONFIG, checkpoints_in, run_of, set_aside_newer
 from sidestep.config.settings import build, parse_values, settings_of
 from sidestep.config.train import TrainConfig
 from sidestep.data.audio import AUDIO_SUFFIXES
 from sidestep.data.dataset_file import load_dataset
 from sidestep.errors import ConfigError, DataError, RunError
+from sidestep.events import Emit, Notice
 from sidestep.files import cannot_write, write_whole
 from sidestep.model.checkpoint import Checkpoint, check_encoders, find_checkpoint
 from sidestep.ui.console import Console, open_console
@@ -137,6 +138,7 @@ def _train(command: str, config: TrainConfig, checkpoint: Checkpoint, output_dir
             emit=combine(show, write_log),
         )
         write_whole(output_dir / RUN_CONFIG, training.config_text)
+        _set_newer_aside(config, output_dir, combine(show, write_log))
         first_step = training.first_step
         metrics = stack.enter_context(MetricsFile(output_dir / "metrics.jsonl", first_step=first_step))
         board = stack.enter_context(TensorBoard(config.log_dir or output_dir / "runs", first_step=first_step))
@@ -145,6 +147,15 @@ def _train(command: str, config: TrainConfig, checkpoint: Checkpoint, output_dir
         listen = TrainingSamples(training, wordings, emit=emit)
         reason = carry_out(training, emit=emit, stop_requested=interrupts.is_requested, listen=listen)
     return EXIT_INTERRUPTED if reason == "interrupted" else 0
+
+
+def _set_newer_aside(config: TrainConfig, output_dir: Path, emit: Emit) -> None:
+    """Where a run goes on from one of its older checkpoints, keep the newer ones out of the way of its next resume."""
+    checkpoint = config.resume_from
+    if checkpoint is None or run_of(checkpoint) == checkpoint or not run_of(checkpoint).samefile(output_dir):
+        return
+    for folder in set_aside_newer(output_dir, checkpoint):
+        emit(Notice(text=f"A newer checkpoint of this run is kept as {folder.name}."))
 
 
 def _check_folders(config: TrainConfig, dataset_dir: Path, output_dir: Path) -> None:

@@ -93,13 +93,22 @@ def contradictions(config: TrainConfig, given: Values) -> list[str]:
 
 def _resumed_values(command: str, path: Path) -> dict[str, Any]:
     """Return the settings of the run that is gone on with; its folder may have been moved since."""
-    checkpoint = resume_candidates(path)[0]
-    recipe, values = read_run_config(checkpoint / RUN_CONFIG)
+    checkpoint, (recipe, values) = _newest_readable(resume_candidates(path))
     if recipe != command:
         raise ConfigError(
             f"{path} was trained with '{recipe}', not '{command}'.", hint=f"Resume it with: train.py {recipe} ..."
         )
     return {**values, "output_dir": run_of(checkpoint), "resume_from": path, "preprocess": False}
+
+
+def _newest_readable(checkpoints: list[Path]) -> tuple[Path, tuple[str, dict[str, Any]]]:
+    """Return the newest checkpoint whose settings can be read; all of a run's hold the same."""
+    for checkpoint in checkpoints[:-1]:
+        try:
+            return checkpoint, read_run_config(checkpoint / RUN_CONFIG)
+        except ConfigError:
+            continue
+    return checkpoints[-1], read_run_config(checkpoints[-1] / RUN_CONFIG)
 
 
 def _refuse_changes(resumed: Values, chosen: Values) -> None:

@@ -1,6 +1,7 @@
 """Where a run keeps what, so that it can be found again without torch."""
 
 import re
+from itertools import count, takewhile
 from pathlib import Path
 
 from sidestep.errors import ModelError
@@ -41,6 +42,20 @@ def resume_candidates(path: Path) -> list[Path]:
         f"There is no checkpoint in {path}.",
         hint="Point --resume-from at a run's output folder or at one of its checkpoints/epoch_* folders.",
     )
+
+
+def set_aside_newer(run: Path, checkpoint: Path) -> list[Path]:
+    """Rename a run's checkpoints that are newer than `checkpoint`, where it now goes on from; returns the new ones.
+
+    They stay readable, but the next resume of the run does not take them for its newest.
+    """
+    aside = []
+    for newer in takewhile(lambda folder: not folder.samefile(checkpoint), checkpoints_in(run)):
+        numbers = (f"superseded_{newer.name}" + (f"_{n}" if n else "") for n in count())
+        target = next(newer.with_name(name) for name in numbers if not newer.with_name(name).exists())
+        newer.rename(target)
+        aside.append(target)
+    return aside
 
 
 def run_of(checkpoint: Path) -> Path:

@@ -211,7 +211,7 @@ def _snapshot(config: TrainConfig, identity: Mapping[str, str], emit: Emit) -> S
     folder, snapshot, problems = newest_good(resume_candidates(config.resume_from))
     for problem in problems:
         emit(Notice(text=f"{problem.message} Going on from {folder.name}, the newest good one.", level="warning"))
-    names = {"songs": "songs (or their lengths)", "decoder": "model"}
+    names = {"songs": "songs (or other lengths or words of them)", "decoder": "model"}
     for key, value in identity.items():
         if snapshot.identity.get(key) != value:
             raise ModelError(

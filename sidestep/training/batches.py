@@ -30,12 +30,14 @@ GRACE_SECONDS = 30  # How long a reading process outlives SIGTERM: the main one 
 
 @dataclass(frozen=True, slots=True)
 class Song:
-    """A tensor file to train on: its length in latent frames (25 a second) and the rows of its prompt."""
+    """A tensor file to train on: its length in latent frames (25 a second), the rows of its prompt, and what it was
+    made from."""
 
     path: Path
     frames: int
     repeat: int = 1
     rows: int = 0
+    content: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,6 +171,13 @@ def _saving_on_failure(run: Run, emit: Emit) -> Iterator[None]:
         _keep(run, emit)
         hint = takes_less(run.config, run.longest_seconds) + _saved(run)
         raise NoRoomError(f"The {run.stepper.model.device.type} device is out of memory.", hint=hint) from error
+    except RuntimeError as error:
+        # torch names a full main memory by its allocator alone.
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        _keep(run, emit)
+        hint = takes_less(run.config, run.longest_seconds) + _saved(run)
+        raise NoRoomError("The computer is out of memory.", hint=hint) from error
     except (NonFiniteError, DataError, ReadingError):
         _keep(run, emit)
         raise

@@ -32,7 +32,8 @@ def find_songs(folder: Path, checkpoint: Checkpoint, *, emit: Emit) -> list[Song
                 hint="Each model has its own condition encoder. Preprocess the songs with this one: "
                 f"--preprocess --model-variant {checkpoint.variant}",
             )
-        songs.append(Song(path, header.frames, header.repeat, header.rows))
+        content = "".join(str(header.metadata.get(key, "")) for key in ("latents_key", "condition_key"))
+        songs.append(Song(path, header.frames, header.repeat, header.rows, content))
     if unknown:
         emit(
             Notice(
@@ -60,6 +61,6 @@ def hold_out(songs: Sequence[Song], share: float) -> tuple[list[Song], list[Song
 
 
 def dataset_fingerprint(songs: Sequence[Song]) -> str:
-    """Identify which songs at which lengths a run trains on, for its resume."""
-    listing = repr([(song.path.name, song.frames, song.repeat) for song in songs])
+    """Identify which songs a run trains on, at which lengths and from which audio and words, for its resume."""
+    listing = repr([(song.path.name, song.frames, song.repeat, song.content) for song in songs])
     return hashlib.sha256(listing.encode()).hexdigest()

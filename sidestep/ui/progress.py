@@ -100,7 +100,8 @@ class StageView:
     def render(self, width: int, *, ascii_only: bool) -> RenderableType:
         """Three lines of at most `width` cells."""
         stage, finished = self._count.stage, self._count.finished
-        facts = [labelled(stage.title, f"{finished} of {count(stage.total, stage.unit)}"), _left(self._count.time_left())]
+        progress = labelled(stage.title, f"{finished} of {count(stage.total, stage.unit)}")
+        facts = [progress, _left(self._count.time_left())]
         latest = _cut(Text(self._latest, style="dim"), width)
         return _indented(*flow(facts, width), _bar(finished, stage.total, width), latest)
 

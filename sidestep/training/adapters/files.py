@@ -1,9 +1,11 @@
 """Finds and reads the weights files of adapters, ours and other trainers'."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from sidestep.errors import ModelError
@@ -12,6 +14,20 @@ LORA_FILE = "adapter_model.safetensors"
 LOKR_FILE = "lokr_weights.safetensors"
 LOHA_FILE = "loha_weights.safetensors"
 _KINDS = {LORA_FILE: ("LoRA", "lora (or dora)"), LOKR_FILE: ("LoKr", "lokr"), LOHA_FILE: ("LoHa", "loha")}
+
+
+def write_weights(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """Write a safetensors file; the same tensors and header give the same bytes.
+
+    The library writes the header's entries in an order that changes from start to start; here they are sorted.
+    """
+    data = save(dict(tensors), dict(header))
+    length = int.from_bytes(data[:8], "little")
+    names = json.loads(data[8 : 8 + length])
+    names["__metadata__"] = dict(sorted(names["__metadata__"].items()))
+    text = json.dumps(names, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # The format aligns the tensors to 8 bytes.
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
 
 
 def find_weights(path: Path, name: str) -> Path:

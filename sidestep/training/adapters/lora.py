@@ -13,14 +13,13 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import Parameter, functional
 
 from sidestep.errors import ModelError
 from sidestep.model.names import to_diffusers, to_original
 from sidestep.training.adapters.base import diffusers_names, freeze, target_suffixes, trained_parameters
-from sidestep.training.adapters.files import LORA_FILE, find_weights, read_weights
+from sidestep.training.adapters.files import LORA_FILE, find_weights, read_weights, write_weights
 
 CONFIG_FILE = "adapter_config.json"
 PREFIX = "base_model.model."
@@ -53,7 +52,7 @@ class LoraAdapter:
     def write(self, folder: Path, values: Mapping[str, Tensor], *, about: Mapping[str, str]) -> None:
         """Write adapter_config.json and adapter_model.safetensors, the scale folded into B, all of one rank."""
         tensors = {PREFIX + name: self._plain(name, value).contiguous() for name, value in values.items()}
-        save_file(tensors, folder / LORA_FILE, metadata={"format": "pt", **about})
+        write_weights(folder / LORA_FILE, tensors, {"format": "pt", **about})
         config = {
             "peft_type": "LORA",
             "task_type": "FEATURE_EXTRACTION",

@@ -20,7 +20,6 @@ from lycoris.functional.loha import make_weight
 from lycoris.functional.lokr import kron_bypass, kron_weight
 from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import Parameter, functional
 
@@ -28,7 +27,7 @@ from sidestep.config.settings import show_value
 from sidestep.errors import ModelError
 from sidestep.model.names import to_diffusers, to_original
 from sidestep.training.adapters.base import freeze, target_suffixes
-from sidestep.training.adapters.files import LOHA_FILE, LOKR_FILE, find_weights, read_weights
+from sidestep.training.adapters.files import LOHA_FILE, LOKR_FILE, find_weights, read_weights, write_weights
 
 PREFIX = "lycoris_"
 _FILES = {"lokr": LOKR_FILE, "loha": LOHA_FILE}
@@ -119,7 +118,7 @@ class LycorisAdapter:
             tensors |= {f"{_stem(module)}.{name}": value.contiguous() for name, value in own.items()}
         config = json.dumps(self.settings)
         header = {"algo": self.algorithm, "format": "lycoris", f"{self.algorithm}_config": config, **about}
-        save_file(tensors, folder / _FILES[self.algorithm], metadata=header)
+        write_weights(folder / _FILES[self.algorithm], tensors, header)
 
     def read(self, path: Path) -> None:
         """Take over an adapter with factors of the same shapes; its effect is the same whatever its alpha was.
