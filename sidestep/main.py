@@ -101,6 +101,7 @@ def _wizard(screen: GlobalConfig) -> int:
     """Open the wizard where there is a terminal to ask on; elsewhere help is all there is."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         parser().print_help()
+        print("\nThe wizard asks questions and needs a terminal; without one, name a COMMAND.", file=sys.stderr)
         return EXIT_USAGE
     from sidestep.commands.wizard import run
 

@@ -9,6 +9,7 @@ from sidestep.ui.command_line import Plan
 from sidestep.ui.console import open_console
 from sidestep.ui.machine import find_gpus
 from sidestep.ui.plain_asker import PlainAsker
+from sidestep.ui.problems import quiet_libraries
 from sidestep.ui.sinks import open_screen
 from sidestep.ui.wizard import Wizard
 
@@ -17,6 +18,7 @@ EXIT_INTERRUPTED = 130
 
 def run(*, screen: GlobalConfig) -> int:
     """Open the wizard; returns the exit code of the last thing it did, 130 when it was left with Ctrl-C."""
+    quiet_libraries()
     console = open_console(plain=screen.plain)
     asker = PlainAsker(console) if console.is_plain else KeyAsker(console)
     hub = HuggingFace(shows_progress=not console.is_plain)

@@ -1,5 +1,6 @@
 """How a question reaches the user: the protocol, and its form on a terminal with keys and colour."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -8,6 +9,7 @@ import questionary
 from prompt_toolkit.application import Application
 from prompt_toolkit.buffer import Buffer
 from prompt_toolkit.filters import Condition
+from prompt_toolkit.input import create_input
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent, merge_key_bindings
 from prompt_toolkit.key_binding.bindings.completion import display_completions_like_readline
 from prompt_toolkit.keys import Keys
@@ -79,6 +81,10 @@ class Asker(Protocol):
         """Say why an answer cannot be taken; the question follows again."""
         ...
 
+    def forget_keys(self) -> None:
+        """Drop what was typed while nothing was asked: no question may be answered by impatience."""
+        ...
+
 
 class KeyAsker:
     """Asks with keys: arrows and Enter in lists, Tab in paths, Escape (or Ctrl-B) to go back, Ctrl-C to leave.
@@ -95,10 +101,13 @@ class KeyAsker:
         """Ask for a line, with the earlier answer (or the refused one) there to be changed."""
         completer = PathCompleter(only_folders=path == "folder") if path else None
         lines = self._help(prompt)
-        suggestion = _Suggestion(default if draft is None else draft)
+        suggestion = _Suggestion(default if draft is None else draft, is_own=draft is not None)
 
         def is_untouched() -> bool:
             return suggestion.is_untouched(asked.application.current_buffer)
+
+        def is_foreign() -> bool:
+            return is_untouched() and not suggestion.is_own
 
         asked = questionary.text(
             one_line(prompt.title),
@@ -106,7 +115,7 @@ class KeyAsker:
             qmark="",
             instruction="\n".join(["", *lines, ""]) + "  ›",
             style=STYLE,
-            lexer=DynamicLexer(lambda: SimpleLexer("class:suggested" if is_untouched() else "class:answer")),
+            lexer=DynamicLexer(lambda: SimpleLexer("class:suggested" if is_foreign() else "class:answer")),
             completer=completer,
             complete_while_typing=False,
             complete_style=CompleteStyle.READLINE_LIKE,
@@ -163,6 +172,10 @@ class KeyAsker:
         for line in self._console.wrapped(reason, indent=2):
             self._console.print(f"  {line}", style="yellow", wrap=False)
 
+    def forget_keys(self) -> None:
+        """Drop what the terminal holds of keys pressed during an action."""
+        forget_keys()
+
     def _help(self, prompt: Prompt, keys: str = "") -> list[str]:
         text = " ".join(part for part in (prompt.help, keys) if part)
         return [f"   {line}" for line in self._console.wrapped(text, indent=4)] if text else []
@@ -187,6 +200,16 @@ class KeyAsker:
             raise KeyboardInterrupt from None
 
 
+def forget_keys() -> None:
+    """Empty the terminal's own store of keys; nothing where stdin is no terminal."""
+    if sys.stdin.isatty():
+        terminal = create_input(sys.stdin)
+        with terminal.raw_mode():  # Else the last, unfinished line would stay.
+            while terminal.read_keys():
+                continue
+        terminal.close()
+
+
 def _back_keys() -> KeyBindings:
     def go_back(event: KeyPressEvent) -> None:
         event.app.exit(exception=GoBack())
@@ -202,9 +225,13 @@ _BACK_KEYS = _back_keys()
 
 @dataclass(slots=True)
 class _Suggestion:
-    """What stands in a line before anything is typed, until it is gone on with or replaced."""
+    """What stands in a line before anything is typed, until it is gone on with or replaced.
+
+    `is_own`: the user typed it and it was refused. It is mended by typing; only what is pasted takes its place.
+    """
 
     text: str
+    is_own: bool = False
     is_taken: bool = False
 
     def is_untouched(self, buffer: Buffer) -> bool:
@@ -227,8 +254,9 @@ def _suggestion_keys(is_untouched: Condition, suggestion: _Suggestion) -> KeyBin
             display_completions_like_readline(event)
 
     keys = KeyBindings()
-    for key in (Keys.Any, Keys.BracketedPaste):
-        keys.add(key, filter=is_untouched)(replace)
+    if not suggestion.is_own:
+        keys.add(Keys.Any, filter=is_untouched)(replace)
+    keys.add(Keys.BracketedPaste, filter=is_untouched)(replace)
     for key in ("right", "end", "c-e"):
         keys.add(key, filter=is_untouched)(take)
     keys.add("tab", filter=is_untouched)(complete)

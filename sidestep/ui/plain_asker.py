@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sidestep.ui.asker import GoBack, Prompt
+from sidestep.ui.asker import GoBack, Prompt, forget_keys
 from sidestep.ui.console import Console
 from sidestep.ui.questions import Choice
 from sidestep.ui.wording import one_line
@@ -67,6 +67,10 @@ class PlainAsker:
     def refused(self, reason: str) -> None:
         """Print the reason."""
         self._console.print(f"  {reason}")
+
+    def forget_keys(self) -> None:
+        """Drop what the terminal holds of lines typed during an action."""
+        forget_keys()
 
     def _title(self, prompt: Prompt) -> None:
         self._console.print()

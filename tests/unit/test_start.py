@@ -70,6 +70,7 @@ def test_what_is_wrong_is_said_before_torch_is_loaded(arguments: list[str], code
 
 
 def test_without_a_terminal_and_without_a_command_there_is_a_short_help(tmp_path: Path):
-    last, shown, _ = start(home=tmp_path)
+    last, shown, errors = start(home=tmp_path)
     assert last == "2 []"
     assert "fixed" in shown and "build-dataset" in shown
+    assert errors.strip() == "The wizard asks questions and needs a terminal; without one, name a COMMAND."

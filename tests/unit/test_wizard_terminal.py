@@ -2,11 +2,13 @@
 
 import os
 import re
+import select
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from sidestep.ui.asker import forget_keys
 from tests.pseudo_terminal import Screen
 from tests.unit.stage import make_models
 
@@ -44,6 +46,36 @@ def test_escape_goes_back_and_ctrl_c_leaves_calmly(home: Path):
     assert "Left. Nothing more was started." in screen.seen
     assert "Traceback" not in screen.seen
     screen.close()
+
+
+def test_models_that_cannot_be_fetched_are_explained_without_a_traceback(tmp_path: Path):
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    screen = Screen(home=tmp_path, SIDESTEP_CHECKPOINT_DIR=str(tmp_path / "none"), **nowhere)
+    screen.wait_for("Later")
+    screen.press("\x1b[B\r")
+    screen.wait_for("Models")
+    screen.press("\r")
+    screen.wait_for("Folder for them")
+    screen.press(f"{tmp_path / 'here'}\r")
+    screen.wait_for("Hugging Face cannot be reached")
+    screen.wait_for("Where are the models?")
+    screen.press("\x03")
+    screen.wait_for("code 130")
+    assert "Traceback" not in screen.seen
+    screen.close()
+
+
+def test_what_is_typed_during_an_action_answers_no_question(monkeypatch: pytest.MonkeyPatch):
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs) as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        os.write(ours, b"y\n\nunfinished")
+        assert select.select([stdin], [], [], 5.0)[0]
+        forget_keys()
+        os.write(ours, b"kept\n")
+        assert stdin.readline() == "kept\n"
+    os.close(ours)
 
 
 def test_no_colour_is_no_colour(home: Path):
