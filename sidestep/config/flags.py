@@ -122,12 +122,12 @@ def _shape(setting: Setting) -> dict[str, Any]:
     return {"metavar": metavar, "nargs": "+"} if setting.many else {"metavar": metavar}
 
 
-def describe(setting: Setting, *, default: bool = True) -> str:
+def describe(setting: Setting, *, default: bool = True, condition: bool = True) -> str:
     """Return the help of a setting: what it is, what it takes, when it counts, its default."""
     sentences = [setting.help]
     if setting.choices or setting.within:
         sentences.append(f"{setting.rule[:1].upper()}{setting.rule[1:]}.")
-    if setting.when and setting.kind is not bool and len(setting.when.values) < 5:
+    if condition and setting.when and setting.kind is not bool and len(setting.when.values) < 5:
         sentences.append(f"{str(setting.when)[:1].upper()}{str(setting.when)[1:]}.")
     if default:
         sentences.append(f"Default: {setting.shown_default}.")

@@ -61,18 +61,23 @@ def delete_preset(name: str) -> None:
     (preset_folders()[0] / f"{name}.json").unlink(missing_ok=True)
 
 
-def save_preset(name: str, config: TrainConfig, *, description: str = "") -> Path:
-    """Write the settings that differ from the defaults as a preset of the user's own."""
+def own_preset_path(name: str) -> Path:
+    """Return the file of a preset of the user's own, there or not; ConfigError for what cannot be a name."""
     stem = name.strip()
     if not stem or FORBIDDEN & set(stem) or ".." in stem or stem.lower() in RESERVED or stem != stem.strip("."):
         raise ConfigError(f"'{name}' cannot be the name of a preset.", hint="Use letters, digits, - and _.")
+    return preset_folders()[0] / f"{stem.replace(' ', '_')}.json"
+
+
+def save_preset(name: str, config: TrainConfig, *, description: str = "") -> Path:
+    """Write the settings that differ from the defaults as a preset of the user's own."""
+    path = own_preset_path(name)
     changed = {
         setting.name: getattr(config, setting.name)
         for setting in settings_of(TrainConfig)
         if setting.in_presets and getattr(config, setting.name) != setting.default
     }
-    path = preset_folders()[0] / f"{stem.replace(' ', '_')}.json"
-    write_whole(path, _to_json({"name": stem, "description": description, **changed}))
+    write_whole(path, _to_json({"name": name.strip(), "description": description, **changed}))
     return path
 
 

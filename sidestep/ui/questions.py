@@ -102,8 +102,14 @@ class Question:
     only_folders: bool = True
     """Whether Tab completes to folders alone, where the answer is a path."""
 
+    def say(self, form: Form, value: Any) -> str:
+        """An answer in words, also where it was left to the default."""
+        if value is None and self.setting:
+            return self.setting.shown_default
+        return self.show(form, value)
+
     def show(self, form: Form, value: Any) -> str:
-        """An answer in words: of a list the entry's title, else as one would type it."""
+        """An answer as it stands in its line: of a list the entry's title, else as one would type it."""
         if self.kind == "choice":
             titles = {choice.value: choice.title for choice in self.choices(form)}
             return titles.get(value, "" if value is None else word_of(value))
@@ -172,9 +178,11 @@ def whole_group(group: str) -> Callable[[Form, Question], bool]:
 
 
 def _help(setting: Setting) -> str:
-    if setting.optional:
-        return f"{describe(setting, default=False)} Empty: {setting.shown_default}."
-    return describe(setting, default=False)
+    """The declaration's words; where the choices stand below they need not be listed."""
+    if setting.choices or setting.kind is bool:
+        return setting.help
+    empty = f" Empty: {setting.shown_default}." if setting.optional else ""
+    return describe(setting, default=False, condition=False) + empty
 
 
 def _parse(setting: Setting, text: str) -> Any:
@@ -188,7 +196,6 @@ def _parse(setting: Setting, text: str) -> Any:
 
 
 def _choices(setting: Setting) -> Sequence[Choice]:
-    if setting.kind is bool:
-        return Choice(value=True, title="on"), Choice(value=False, title="off")
-    named = tuple(Choice(value=word, title=word) for word in setting.choices)
+    values = (True, False) if setting.kind is bool else setting.choices
+    named = tuple(Choice(value=value, title=word_of(value)) for value in values)
     return (Choice(value=None, title=setting.shown_default), *named) if setting.optional else named

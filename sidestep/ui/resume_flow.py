@@ -83,13 +83,18 @@ def _what_may_change(form: Form) -> list[str]:
     run = run_of(form)
     if run is None:
         return []
-    fixed = [f"{title_of(s).lower()} {word_of(run.settings[s.name])}" for s in _settings() if s.name in SHOWN_AS_FIXED]
+    shown = [setting for setting in _settings() if setting.name in SHOWN_AS_FIXED]
+    fixed = [f"{title_of(s).lower()} {_word_of(s, run.settings[s.name])}" for s in shown]
     free = [title_of(setting).lower() for setting in _settings() if _may_change(setting)]
     return [
         f"{run}.",
         f"Stays: {', '.join(fixed)}, and all that shapes the numbers.",
         f"May change: {', '.join(free)}.",
     ]
+
+
+def _word_of(setting: Setting, value: Any) -> str:
+    return setting.shown_default if value is None else word_of(value)
 
 
 def _setting_questions() -> list[Question]:
@@ -109,9 +114,11 @@ def _question(setting: Setting) -> Question:
     changes: dict[str, Any] = {"suggest": suggest, "ask": "advanced" if _may_change(setting) else "never"}
     if setting.name == "epochs":
         changes |= {"ask": "basic", "check": _what_is_wrong_with_epochs}
+    if setting.optional:
+        changes |= {"check": lambda form, value: _what_is_wrong_with_emptying(setting, form, value)}
     if setting.name in _CHECKS:
         check = _CHECKS[setting.name]
-        return question_of(setting, **changes, check=check, is_needed=lambda form: bool(check(form, suggest(form))))
+        changes |= {"check": check, "is_needed": lambda form: bool(check(form, suggest(form)))}
     return question_of(setting, **changes)
 
 
@@ -134,6 +141,14 @@ def _what_is_wrong_with_epochs(form: Form, epochs: int) -> str:
     run = run_of(form)
     if run and epochs <= run.epoch and not run.settings["max_steps"]:
         return f"The run has done {run.epoch} epochs: give more to go on."
+    return ""
+
+
+def _what_is_wrong_with_emptying(setting: Setting, form: Form, value: Any) -> str:
+    run = run_of(form)
+    earlier = run.settings.get(setting.name) if run else None
+    if value is None and earlier is not None:
+        return f"It was {word_of(earlier)} in that run, and no flag takes that back: give another value, or the same."
     return ""
 
 

@@ -1,7 +1,5 @@
 """The last look before an action starts: what was decided, what it does, and the command line that does the same."""
 
-from pathlib import Path
-
 from sidestep.errors import SidestepError
 from sidestep.ui.command_line import command_line
 from sidestep.ui.console import Console
@@ -34,13 +32,12 @@ def _groups(flow: Flow, form: Form) -> dict[str, list[tuple[str, str, bool]]]:
     groups: dict[str, list[tuple[str, str, bool]]] = {}
     for question in flow.questions:
         setting = question.setting
-        if setting is None or question.ask == "never" or not question.applies(form):
+        if not question.group or question.ask == "never" or not question.applies(form):
             continue
         value = form[question.name]
-        usual = base.get(setting.name, setting.default)
+        usual = base.get(setting.name, setting.default) if setting else question.suggest(form)
         # A path has no default to differ from: everyone has their own.
-        differs = value != usual and (setting.kind is not Path or bool(base))
+        differs = value != usual and (question.kind != "path" or bool(base))
         if value != usual or question.ask == "basic":
-            shown = question.show(form, value) if value is not None else setting.shown_default
-            groups.setdefault(question.group, []).append((question.title, shown, differs))
+            groups.setdefault(question.group, []).append((question.title, question.say(form, value), differs))
     return groups

@@ -1,5 +1,6 @@
 """What is carried over, from action to action and from start to start: folders and the model, nothing of a preset."""
 
+from collections.abc import Callable
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from sidestep.config.places import default_checkpoint_dir, forget, remember, remembered
 from sidestep.config.settings import parse_values
 from sidestep.config.train import TrainConfig
-from sidestep.errors import ConfigError
+from sidestep.errors import ConfigError, RunError
 from sidestep.ui.questions import Form
 
 CARRIED = ("checkpoint_dir", "model_variant", "dataset_dir", "output_dir", "audio_dir", "tensor_output")
@@ -15,9 +16,13 @@ FOLDERS_THAT_EXIST = ("checkpoint_dir", "dataset_dir", "audio_dir")
 
 
 class Session:
-    """The answers that later questions suggest; kept in the user's settings file."""
+    """The answers that later questions suggest; kept in the user's settings file.
 
-    def __init__(self) -> None:
+    Where that cannot be written `warn` is told so, and they are kept for this start alone.
+    """
+
+    def __init__(self, *, warn: Callable[[str], None]) -> None:
+        self._warn = warn
         saved = {name: value for name, value in remembered().items() if name in CARRIED}
         saved.pop("checkpoint_dir", None)  # The environment may name another: `checkpoint_dir` looks where it must.
         self._values: dict[str, Any] = parse_values(TrainConfig, saved, source="settings.json")
@@ -48,18 +53,24 @@ class Session:
 
     def keep(self, **answers: Any) -> None:
         """Remember answers from now on, whole paths of folders."""
-        for name, value in answers.items():
-            if name in CARRIED and value is not None:
-                whole = value.absolute() if isinstance(value, Path) else value
-                self._values[name] = whole
-                remember(name, str(whole))
+        known = {name: value for name, value in answers.items() if name in CARRIED and value is not None}
+        whole = {name: value.absolute() if isinstance(value, Path) else value for name, value in known.items()}
+        self._values |= whole
+        try:
+            for name, value in whole.items():
+                remember(name, str(value))
+        except RunError as error:  # No reason not to do what was asked for.
+            self._warn(f"The next start will not know these answers: {error.message}")
 
     def forget(self) -> None:
         """Suggest nothing of earlier answers any more, now and at the next start; the checkpoint folder stays."""
         for name in CARRIED:
             if name != "checkpoint_dir":
                 self._values.pop(name, None)
-        forget(name for name in CARRIED if name != "checkpoint_dir")
+        try:
+            forget(name for name in CARRIED if name != "checkpoint_dir")
+        except RunError as error:
+            self._warn(f"The next start will suggest them again: {error.message}")
 
     def checkpoint_dir(self) -> Path | None:
         """Where the checkpoints are: as answered since the start, else where the command line would find them."""

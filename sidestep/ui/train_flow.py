@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sidestep.config.flags import COMMANDS
-from sidestep.config.presets import is_own_preset, preset_description, preset_names, read_preset, save_preset
+from sidestep.config.presets import read_preset, save_preset
 from sidestep.config.recipe import RECIPE_PINS, resolve_recipe
 from sidestep.config.resolve import resolve_training
 from sidestep.config.runs import checkpoints_in
@@ -14,7 +14,7 @@ from sidestep.config.settings import Setting, settings_of
 from sidestep.config.train import TrainConfig
 from sidestep.data.audio import find_audio
 from sidestep.errors import ConfigError, SidestepError
-from sidestep.ui.command_line import Plan, word_of
+from sidestep.ui.command_line import Plan
 from sidestep.ui.flow import Facts, Flow, depth_questions
 from sidestep.ui.machine import Gpu
 from sidestep.ui.model_questions import checkpoint_of, model_questions
@@ -26,12 +26,11 @@ from sidestep.ui.paths import (
     what_is_wrong_with_data,
     what_is_wrong_with_output,
 )
-from sidestep.ui.questions import Choice, Form, Question, question_of, title_of, typed_values
+from sidestep.ui.preset_list import FRESH, preset_question
+from sidestep.ui.questions import Choice, Form, Question, question_of, typed_values
 from sidestep.ui.session import Session
 from sidestep.ui.wording import count
 
-FRESH = ""
-RECOMMENDED = "recommended"
 SETTINGS = {setting.name: setting for setting in settings_of(TrainConfig)}
 MODEL, PREPROCESSING, ADAPTER, TRAINING, OBJECTIVE, DEVICE = (
     SETTINGS[name].group for name in ("dataset_dir", "preprocess", "rank", "epochs", "loss_weighting", "device")
@@ -57,9 +56,8 @@ def train_flow(
     """The flow that trains an adapter; what is known beforehand is given and, the adapter's kind aside, still asked."""
     session = session.as_it_is()
     questions = (
-        _preset_question(preset, gpus),
+        preset_question(preset, gpus, remarks=lambda name: _preset_remarks(name, adapter_type)),
         *depth_questions(lambda form: ORDER, marked=MARKED),
-        _recipe_question(),
         *model_questions(session),
         _data_question(session, data),
         *_folder_questions(session),
@@ -78,7 +76,10 @@ def train_flow(
 def training_plan(form: Form) -> Plan:
     """The command and the values to type: what differs from the defaults and the preset."""
     preset = {"preset": form["preset"]} if form["preset"] else {}
-    return Plan(form["recipe"], {**preset, **typed_values(form, layer(form))})
+    changed = typed_values(form, layer(form))
+    if None in changed.values():  # No flag empties what a preset sets: everything is typed instead.
+        return Plan(form["recipe"], typed_values(form, {}))
+    return Plan(form["recipe"], {**preset, **changed})
 
 
 def layer(form: Form) -> Mapping[str, Any]:
@@ -109,50 +110,9 @@ def is_raw(form: Form) -> bool:
     return form["data"] is not None and holds_songs(form["data"])
 
 
-def _preset_question(preset: str, gpus: Sequence[Gpu]) -> Question:
-    fitting = gpus[0].preset if gpus else ""
-
-    def choices(form: Form) -> list[Choice]:
-        names = sorted(preset_names(), key=lambda name: _rank(name, fitting))
-        found = [Choice(value=name, title=name, note=_remark(name, is_fitting=name == fitting)) for name in names]
-        return [Choice(value=FRESH, title="Fresh", note="the defaults"), *found]
-
-    def check(form: Form, name: str) -> str:
-        try:
-            read_preset(name) if name else None
-        except ConfigError as error:
-            return f"{error.message} {error.hint}".strip()
-        return ""
-
-    return Question(
-        name="preset",
-        title="Start from",
-        kind="choice",
-        suggest=lambda form: preset,
-        choices=choices,
-        check=check,
-        tell=lambda form: [describe_preset(form["preset"])] if form["preset"] else [],
-    )
-
-
-def describe_preset(name: str) -> str:
-    """What a preset sets, in a line."""
-    values = read_preset(name)
-    sets = ", ".join(f"{title_of(SETTINGS[key]).lower()} {word_of(value)}" for key, value in values.items())
-    return f"Sets {sets}." if sets else "Sets nothing: all defaults."
-
-
-def _rank(name: str, fitting: str) -> tuple[bool, bool, bool, str]:
-    """The order of presets: the one for this GPU, the user's own, the recommended one, the others by name."""
-    return name != fitting, not is_own_preset(name), name != RECOMMENDED, name
-
-
-def _remark(name: str, *, is_fitting: bool) -> str:
-    try:
-        text = preset_description(name)
-    except ConfigError as error:
-        return error.message
-    return f"for this GPU: {text}" if is_fitting else text
+def _preset_remarks(name: str, adapter_type: str | None) -> Sequence[str]:
+    named = read_preset(name).get("adapter_type", adapter_type)
+    return () if named == adapter_type else [f"But for its adapter type: this trains a {_title(adapter_type)}."]
 
 
 def _recipe_question() -> Question:
@@ -234,12 +194,8 @@ def what_is_wrong_with_run_folder(form: Form, folder: Path | None) -> str:
 def _setting_questions(adapter_type: str | None) -> list[Question]:
     own = {"checkpoint_dir", "model_variant", "base_model", "dataset_dir", "output_dir", "run_name"}
     own |= {"preprocess", "audio_dir", "tensor_output", "resume_from"}
-    others = [setting for setting in SETTINGS.values() if setting.name not in own]
-    return [_training_question(setting, adapter_type) for setting in sorted(others, key=_place)]
-
-
-def _place(setting: Setting) -> int:
-    return ORDER.index(setting.group)
+    others = [_training_question(setting, adapter_type) for setting in SETTINGS.values() if setting.name not in own]
+    return sorted([_recipe_question(), *others], key=lambda question: ORDER.index(question.group))
 
 
 def _training_question(setting: Setting, adapter_type: str | None) -> Question:
@@ -269,7 +225,7 @@ def _suggested_alpha(form: Form) -> float:
 def _config(form: Form) -> TrainConfig:
     plan = training_plan(form)
     values = {name: value for name, value in plan.values.items() if name != "preset"}
-    return resolve_training(plan.command, values, preset=form["preset"] or None).config
+    return resolve_training(plan.command, values, preset=plan.values.get("preset")).config
 
 
 def _problem(form: Form) -> SidestepError | None:

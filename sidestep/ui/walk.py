@@ -53,7 +53,7 @@ def ask(question: Question, form: Form, asker: Asker) -> None:
         reason = reason or question.check(form, value)
         if not reason:
             form.give(question.name, value)
-            asker.answered(prompt, question.show(form, value), question.tell(form))
+            asker.answered(prompt, question.say(form, value), question.tell(form))
             return
         asker.refused(reason)
 

@@ -7,7 +7,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from sidestep.config.places import config_folder, product_version
-from sidestep.config.presets import delete_preset, is_own_preset, preset_description, preset_names
+from sidestep.config.presets import delete_preset, is_own_preset, own_preset_path, preset_names
 from sidestep.config.settings import settings_of
 from sidestep.config.train import TrainConfig
 from sidestep.errors import SidestepError
@@ -19,13 +19,14 @@ from sidestep.ui.download import Hub
 from sidestep.ui.first_start import ask_for_folder, fetch_models, has_models, show_how_to_fetch, show_machine
 from sidestep.ui.flow import Flow, chosen_groups
 from sidestep.ui.machine import Gpu
+from sidestep.ui.preset_list import FRESH, describe_preset, preset_choices
 from sidestep.ui.problems import log_traceback, show_error
 from sidestep.ui.questions import Choice, Form, Question, wanted, whole_group
 from sidestep.ui.resume_flow import resume_flow
 from sidestep.ui.review import show_review
 from sidestep.ui.session import Session
 from sidestep.ui.task_flows import build_dataset_flow, preprocess_flow
-from sidestep.ui.train_flow import FRESH, describe_preset, train_flow
+from sidestep.ui.train_flow import train_flow
 from sidestep.ui.walk import ask, walk
 
 ADAPTERS = {"lora": "LoRA", "lokr": "LoKr"}
@@ -64,7 +65,7 @@ class Wizard:
         self._start = start
         self._hub = hub
         self._find_gpus = find_gpus
-        self._session = Session()
+        self._session = Session(warn=console.warning)
         self._exit_code = 0
 
     @cached_property
@@ -163,21 +164,25 @@ class Wizard:
             return
 
     def _presets(self) -> None:
-        entries = [Entry(name, partial(self._one_preset, name), _remark(name)) for name in preset_names()]
+        choices = preset_choices(self._gpus)
+        entries = [Entry(each.title, partial(self._one_preset, each.value), each.note) for each in choices]
         self._offer("Presets", entries)
 
     def _one_preset(self, name: str) -> None:
+        entries: list[Entry] = []
         try:
             self._console.print(f"  {describe_preset(name)}")
+            train = partial(self._train, preset=name)
+            entries += [Entry(f"Train a {ADAPTERS[a]} with it", partial(train, adapter_type=a)) for a in ADAPTERS]
         except SidestepError as error:
             self._explain(error)
-            raise GoBack from error
-        entries = [
-            Entry(f"Train a {ADAPTERS[a]} with it", partial(self._train, adapter_type=a, preset=name)) for a in ADAPTERS
-        ]
         if is_own_preset(name):
-            entries.append(Entry("Delete it", partial(delete_preset, name)))
+            entries.append(Entry("Delete it", partial(self._delete_preset, name)))
         self._offer(name, entries)
+
+    def _delete_preset(self, name: str) -> None:
+        self._offer(f"Delete {name}?", [Entry("Delete it", partial(delete_preset, name))], back="Keep it")
+        self._console.print(f"  Deleted: {name}")
 
     def _settings(self) -> None:
         folder = self._session.checkpoint_dir()
@@ -220,7 +225,7 @@ class Wizard:
                 return False
             if chosen == "start" and self._carry_out(flow, form):
                 return True
-            is_shown = chosen == "start"  # It failed and said why: the same review again would push that away.
+            is_shown = chosen in ("start", "save")  # What was said of it would be pushed away by the same review again.
             try:
                 if chosen == "change":
                     self._change(flow, form)
@@ -244,6 +249,8 @@ class Wizard:
             self._exit_code = error.exit_code
             self._explain(error)
             return False
+        finally:
+            self._asker.forget_keys()
         return True
 
     def _save_preset(self, flow: Flow, form: Form) -> None:
@@ -251,9 +258,9 @@ class Wizard:
         assert save is not None  # The entry is there only then.
 
         def check(_: Form, name: str) -> str:
-            if is_own_preset(name) or name in preset_names():
-                return f"There is a preset {name} already; choose another name."
             try:
+                if own_preset_path(name).stem.casefold() in map(str.casefold, preset_names()):
+                    return f"There is a preset {name} already; choose another name."
                 saved.append(save(form, name))
             except SidestepError as error:
                 return f"{error.message} {error.hint}".strip()
@@ -265,10 +272,12 @@ class Wizard:
         )
         ask(question, Form([question]), self._asker)
         self._console.print(f"  Saved: {saved[-1]}")
+        self._console.print()
 
     def _explain(self, error: SidestepError) -> None:
         log_traceback(error)
         show_error(error, stream=sys.stderr, plain=self._console.is_plain)
+        self._console.print()
 
 
 def _asked_now(form: Form, question: Question) -> bool:
@@ -281,10 +290,3 @@ def _review_choices(flow: Flow, *, is_ready: bool) -> list[Choice]:
     if flow.preset and is_ready:
         choices.append(Choice(value="save", title="Save as preset"))
     return [*choices, Choice(value="cancel", title="Cancel", note="back to the menu")]
-
-
-def _remark(name: str) -> str:
-    try:
-        return preset_description(name)
-    except SidestepError as error:
-        return error.message

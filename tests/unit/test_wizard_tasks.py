@@ -13,7 +13,7 @@ from sidestep.config.tasks import BuildDatasetConfig
 from sidestep.config.train import TrainConfig
 from sidestep.errors import DataError
 from sidestep.ui.command_line import Plan, command_line, words_of
-from sidestep.ui.train_flow import RECOMMENDED
+from sidestep.ui.preset_list import RECOMMENDED, preset_choices
 from tests.unit.stage import BACK, ENTER, EXIT, EXIT_AFTERWARDS, LEAVE, UP, Stage, down, make_models, stage, typed
 
 __all__ = ["stage"]
@@ -155,6 +155,17 @@ def test_resuming_goes_back_from_every_question_and_cancels_at_every_one(stage: 
     assert stage.play(RESUME, BACK, down(3))[0] == 0
 
 
+def test_what_a_run_was_given_cannot_be_emptied_when_it_goes_on(stage: Stage):
+    stage.tensors()
+    stage.run("lora", epochs=20, log_dir=stage.folder / "logs")
+    free = dict.fromkeys(s.group for s in settings_of(TrainConfig) if s.on_resume == "free")
+    group = down(list(free).index("Checkpointing and logging"))
+    _, screen = stage.play(RESUME, ENTER, ENTER, CHANGE, group, ENTER, typed(""), typed("other"), *[ENTER] * 10, START)
+    words = " ".join(screen.split())
+    assert "no flag takes that back" in words
+    assert "learning rate 0.0001; prodigy: 1" in words
+
+
 def test_a_finished_run_needs_more_epochs(stage: Stage):
     stage.tensors()
     stage.run("lora", epoch=20, epochs=20)
@@ -191,7 +202,7 @@ def test_a_run_with_a_damaged_config_says_so(stage: Stage):
 
 def test_presets_show_what_they_set_and_train_with_it(stage: Stage):
     data = stage.tensors()
-    place = list(preset_names()).index(RECOMMENDED)
+    place = [choice.value for choice in preset_choices()].index(RECOMMENDED)
     # Train a LoRA with it: the preset is chosen already.
     keys = [PRESETS, down(place), ENTER, *[ENTER] * 4, typed(data), *[ENTER] * 9]
     _, screen = stage.play(*keys, START)
@@ -202,10 +213,31 @@ def test_presets_show_what_they_set_and_train_with_it(stage: Stage):
 def test_only_own_presets_can_be_deleted(stage: Stage):
     save_preset("mine", resolve_training("fixed", {"dataset_dir": "a", "output_dir": "b", "rank": 5}).config)
     names = list(preset_names())
-    stage.play(PRESETS, down(names.index("mine")), down(2), EXIT)
-    assert "mine" not in preset_names()
+    # The user's own come first; below the two ways to train stands "Delete it", and then it is asked once more.
+    stage.play(PRESETS, ENTER, down(2), down(1), LEAVE)
+    assert "mine" in preset_names()
+    _, screen = stage.play(PRESETS, ENTER, down(2), ENTER, EXIT)
+    assert "mine" not in preset_names() and "Deleted: mine" in screen
     _, screen = stage.play(PRESETS, down(0), UP + UP + ENTER, LEAVE)
     assert "Train a LoKr" in screen and len(preset_names()) == len(names) - 1
+
+
+def test_a_broken_preset_can_still_be_deleted(stage: Stage):
+    folder = stage.folder / "config" / "sidestep" / "presets"
+    folder.mkdir(parents=True)
+    (folder / "mine.json").write_text("{", encoding="utf-8")
+    _, screen = stage.play(PRESETS, ENTER, ENTER, ENTER, EXIT)
+    assert "is not valid JSON" in " ".join(screen.split())
+    assert "mine" not in preset_names()
+
+
+def test_own_presets_say_so_and_whether_they_stand_for_a_shipped_one(stage: Stage):
+    config = resolve_training("fixed", {"dataset_dir": "a", "output_dir": "b", "rank": 5}).config
+    for name in ("mine", RECOMMENDED):
+        save_preset(name, config)
+    notes = {choice.value: choice.note for choice in preset_choices()}
+    assert notes["mine"] == "your own"
+    assert notes[RECOMMENDED] == "your own, in place of the shipped one"
 
 
 def test_settings_change_the_checkpoint_folder(stage: Stage, monkeypatch: pytest.MonkeyPatch):

@@ -14,6 +14,7 @@ from sidestep.errors import RunError
 from sidestep.ui.command_line import Plan, words_of
 from sidestep.ui.machine import Gpu
 from sidestep.ui.session import CARRIED
+from sidestep.ui.train_flow import ORDER
 from tests.unit.stage import (
     BACK,
     DOWN,
@@ -166,9 +167,11 @@ def test_a_wrong_value_is_explained_and_the_question_stays(stage: Stage, place: 
 
 def test_what_was_typed_wrongly_can_be_mended_instead_of_typed_again(stage: Stage):
     forward = basic(stage.tensors())
-    # 99999 is refused; taking the last two digits away makes 999 of it.
+    # 99999 is refused; taking the last two digits away makes 999 of it. Then what lacks its end gets it by typing on.
     stage.play(LORA, *forward[:6], typed("99999"), "\x7f\x7f" + ENTER, *forward[7:], START)
+    stage.play(LORA, *forward[:4], typed("tens"), "ors" + ENTER, *forward[5:], START)
     assert stage.started[0].values["rank"] == 999
+    assert stage.started[1].values["dataset_dir"] == Path("tensors")
 
 
 def test_typing_or_pasting_replaces_a_suggestion_that_was_not_touched(stage: Stage):
@@ -293,11 +296,7 @@ def test_vanilla_pins_its_settings_and_neither_asks_nor_types_them(stage: Stage)
 
 def pick_group(name: str) -> list[str]:
     """The keys that choose a group in the review of a run on tensors."""
-    groups = list(dict.fromkeys(s.group for s in settings_of(TrainConfig)))
-    order = ["Model and paths", *(g for g in groups if g not in ("Model and paths", "Device and precision",
-             "Preprocessing")), "Device and precision"]  # fmt: skip
-    # The recipe belongs to Objective and is the first question of all with a group.
-    return [down(["Objective", *(g for g in order if g != "Objective")].index(name))]
+    return [down([group for group in ORDER if group != "Preprocessing"].index(name))]
 
 
 def test_the_review_shows_what_differs_what_happens_and_the_command(stage: Stage):
@@ -351,6 +350,67 @@ def test_the_settings_can_be_saved_as_a_preset(stage: Stage):
     assert "'no/name' cannot be the name of a preset" in " ".join(screen.split())
     assert "There is a preset recommended already" in " ".join(screen.split())
     assert len(stage.started) == 1
+
+
+def test_a_preset_is_not_silently_written_over(stage: Stage):
+    save_preset("two words", resolve_training("fixed", {"dataset_dir": "a", "output_dir": "b", "rank": 5}).config)
+    forward = basic(stage.tensors())
+    _, screen = stage.play(LORA, *forward, SAVE, typed("two words"), typed("Two_Words"), LEAVE)
+    words = " ".join(screen.split())
+    assert "There is a preset two words already" in words and "There is a preset Two_Words already" in words
+    assert read_preset("two_words") == {"rank": 5}
+
+
+def test_where_a_preset_was_saved_stays_in_sight(stage: Stage):
+    _, screen = stage.play(LORA, *basic(stage.tensors()), SAVE, typed("mine"), LEAVE)
+    assert "Saved:" in screen[screen.rindex("The same as a command") :]
+
+
+def test_a_preset_of_another_kind_of_adapter_says_what_it_does_not_decide(stage: Stage):
+    values = {"dataset_dir": "a", "output_dir": "b", "adapter_type": "lokr", "rank": 5}
+    save_preset("mine", resolve_training("fixed", values).config)
+    _, screen = stage.play(LORA, down(1), LEAVE)
+    assert "Sets adapter type lokr, rank 5. But for its adapter type: this trains a LoRA." in " ".join(screen.split())
+
+
+def test_a_value_of_a_preset_can_be_left_to_the_default_again(stage: Stage):
+    data = stage.tensors()
+    save_preset("mine", resolve_training("fixed", {"dataset_dir": "a", "output_dir": "b", "rank": 5, "learning_rate":
+                                                   0.5, "compile": True}).config)  # fmt: skip
+    forward = basic(data, preset=down(1))
+    _, screen = stage.play(LORA, *forward[:8], typed(""), *forward[9:], START)
+    (plan,) = stage.started
+    assert (config_of(plan).learning_rate, config_of(plan).rank, config_of(plan).compile) == (None, 5, True)
+    assert config_typed(plan) == config_of(plan)
+    assert "Learning rate: 0.0001; prodigy: 1" in screen
+
+
+def test_enter_leaves_every_setting_of_every_group_at_its_default(stage: Stage):
+    data = stage.tensors()
+    groups = [group for group in ORDER if group != "Preprocessing"]
+    marks = {"Adapter", "Training", "Objective"}
+    mark_all = "".join((SPACE if group not in marks else "") + DOWN for group in ORDER) + ENTER
+    keys = [FRESH, EVERYTHING, mark_all, *MODEL, typed(data)]
+    _, screen = stage.play(LORA, *keys, *[ENTER] * 100)
+    (plan, *_) = stage.started
+    assert set(plan.values) == {"checkpoint_dir", "dataset_dir", "output_dir"}
+    assert "Groups: Model and paths" in screen and "Compile: auto" in screen
+    assert all(group in " ".join(screen.split()) for group in groups)
+
+
+def test_the_review_names_the_dataset_and_a_recipe_that_is_not_the_usual_one(stage: Stage):
+    data = stage.tensors()
+    _, screen = stage.play(LORA, *basic(data), CHANGE, *pick_group("Objective"), down(1), ENTER, LEAVE)
+    review = screen[screen.rindex("Model and paths") :]
+    assert f"Dataset{data}" in "".join(review.split())
+    assert "Recipe vanilla *" in " ".join(review.split())
+
+
+def test_answers_that_cannot_be_remembered_are_no_reason_to_stop(stage: Stage):
+    (stage.folder / "config").write_text("a file where the folder should be")
+    code, screen = stage.play(LORA, *basic(stage.tensors()), START, EXIT_AFTERWARDS)
+    assert (code, len(stage.started)) == (0, 1)
+    assert "Warning: The next start will not know these answers" in " ".join(screen.split())
 
 
 def test_an_action_that_fails_says_why_and_keeps_every_answer(stage: Stage):
