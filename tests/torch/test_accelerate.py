@@ -9,11 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidestep.errors import ConfigError
+from sidestep.config.train import TrainConfig
+from sidestep.errors import ConfigError, NoRoomError
 from sidestep.events import Event, Notice
 from sidestep.model.checkpoint import Checkpoint
-from sidestep.training import accelerate
+from sidestep.training import accelerate, fit
 from sidestep.training.accelerate import WORTH_COMPILING, can_capture, wants_compile, why_not_compile
+from sidestep.training.assemble import Run
 from sidestep.training.build import recomputed_blocks
 from tests.torch.tiny import Trained, assert_identical, prepare, tiny_config, train, write_songs
 
@@ -134,3 +136,35 @@ def test_a_part_of_the_blocks_is_recomputed_and_the_weights_are_the_same(
     plain = prepare(replace(config, gradient_checkpointing=False), base, songs, tmp_path / "plain")
     plain.stepper([batch], lr=1e-3, seeds=[1])
     assert_identical(dict(run.adapter.parameters), dict(plain.adapter.parameters))
+
+
+def measuring(monkeypatch: pytest.MonkeyPatch, *, room_for: str) -> None:
+    """Pretend that a step fits the device once this flag has been set."""
+
+    def measure(run: Any) -> None:
+        if room_for not in fit.flags_between(tiny_config(), run.config):
+            raise NoRoomError("A step does not fit.")
+
+    monkeypatch.setattr(fit, "measure", measure)
+
+
+def fitting(config: TrainConfig, checkpoint: Checkpoint, songs: Path, output: Path) -> tuple[Run, list[str]]:
+    events: list[Event] = []
+    parts = {"recipe_name": "fixed", "checkpoint": checkpoint, "dataset_dir": songs, "output_dir": output}
+    run = fit.assemble_fitting(config, emit=events.append, run_name="tiny", version="0", **parts)
+    return run, [event.text for event in events if isinstance(event, Notice)]
+
+
+def test_with_auto_fit_settings_change_until_a_step_fits_and_each_change_is_said(
+    tmp_path: Path, base: Checkpoint, monkeypatch: pytest.MonkeyPatch
+):
+    songs = write_songs(tmp_path / "songs", base, (20, 20))
+    measuring(monkeypatch, room_for="--quantize int8")
+    asked = tiny_config(auto_fit=True, batch_size=2)
+    run, said = fitting(asked, base, songs, tmp_path / "run")
+    assert (run.config.batch_size, run.config.gradient_accumulation, run.config.quantize) == (1, 2, "int8")
+    assert [text.split(" trying with ")[1] for text in said if "trying with" in text] == [
+        "--gradient-checkpointing.", "--batch-size 1 --gradient-accumulation 2.", "--quantize int8."
+    ]  # fmt: skip
+    with pytest.raises(NoRoomError):
+        fitting(replace(asked, auto_fit=False), base, songs, tmp_path / "other")

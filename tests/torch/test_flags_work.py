@@ -12,14 +12,17 @@ import soundfile
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from sidestep.config.places import product_version
 from sidestep.config.presets import preset_folders
 from sidestep.demo.checkpoint import build_toy_checkpoint
 from sidestep.main import main
 from sidestep.model.checkpoint import Checkpoint, find_checkpoint
+from sidestep.model.dropout import SeededDropout
 from sidestep.training.batches import Batch, Batches
 from sidestep.training.objective import Task
 from tests.torch.command_line import NAME, Left, differ, modules_of, train
 from tests.torch.tiny import assert_identical, prepare, tiny_config, write_songs
+from tests.unit.terminal import Terminal
 
 FOUR = {"q_proj", "k_proj", "v_proj", "o_proj"}
 
@@ -113,13 +116,16 @@ def test_the_adapter_sits_where_it_was_typed(
     assert modules_of(left.tensors) == modules
 
 
-def test_a_lora_has_the_rank_and_the_biases_that_were_typed_and_a_dora_its_magnitudes(
+def test_an_adapter_has_the_kind_the_rank_the_dropout_and_the_biases_that_were_typed(
     tmp_path: Path, base: Checkpoint, songs: Path
 ):
-    left = train(base, songs, tmp_path / "out", "--adapter-type", "dora", "--rank", 3, "--bias", "all")
+    left = train(base, songs, tmp_path / "out", "-a", "dora", "--rank", 3, "--bias", "all", "--dropout", 0.4)
+    assert left.peft["lora_dropout"] == 0.4
     shapes = {tuple(t.shape)[:1] for name, t in left.tensors.items() if "lora_A" in name}
     assert shapes == {(3,)} and left.peft["r"] == 3
     assert left.peft["use_dora"] and any("lora_magnitude_vector" in name for name in left.tensors)
+    dropped = prepare(tiny_config(dropout=0.4), base, songs, tmp_path / "dropped").stepper.model.decoder
+    assert {part.p for part in dropped.modules() if isinstance(part, SeededDropout)} == {left.peft["lora_dropout"]}
     assert left.peft["bias"] == "all" and any(name.endswith(".bias") for name in left.tensors)
 
 
@@ -288,3 +294,27 @@ def test_no_question_is_ever_asked(tmp_path: Path, base: Checkpoint, songs: Path
     monkeypatch.setattr("sys.stdin.readline", asked, raising=False)
     train(base, songs, tmp_path / "out", "--yes")
     train(base, songs, tmp_path / "other", "-y")
+
+
+def test_version_says_what_is_at_work(capsys: pytest.CaptureFixture[str]):
+    assert main(["--version"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"Side-Step {product_version()}"
+    assert f"torch {torch.__version__.split('+')[0]}" in "\n".join(lines)
+    assert {line.split()[0] for line in lines} >= {"torch", "diffusers", "peft", "CUDA"}
+
+
+def test_plain_lines_hold_no_escape_code_even_on_a_terminal(
+    tmp_path: Path, base: Checkpoint, songs: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    shown = []
+    words = ["fixed", "-c", str(base.root), "-M", "base", "-d", str(songs), "--max-steps", "1", "--num-workers", "0"]
+    for name, plain in (("plain", ["--plain"]), ("live", [])):
+        terminal = Terminal()
+        monkeypatch.setattr("sys.stdout", terminal)
+        assert main([*words, *plain, "--device", "cpu", "-o", str(tmp_path / name)]) == 0
+        shown.append(terminal.getvalue())
+    assert "Step 1/1" in shown[0] and "\x1b[" not in shown[0]
+    assert "\x1b[" in shown[1]
