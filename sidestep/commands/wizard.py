@@ -40,6 +40,10 @@ def start(plan: Plan, *, screen: GlobalConfig) -> int:
         console = open_console(plain=screen.plain)
         with open_screen(console) as emit:
             return build_dataset(config, emit=emit, console=console)
+    if plan.command == "estimate":
+        from sidestep.commands.estimate import run as estimate
+
+        return estimate(plan.values, screen=screen)
     from sidestep.commands.train import run as train
 
     return train(plan.command, plan.values, screen=screen)

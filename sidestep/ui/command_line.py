@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sidestep.config.settings import Setting, flag_of, settings_of, show_value
-from sidestep.config.tasks import BuildDatasetConfig
-from sidestep.config.train import TrainConfig
+from sidestep.config.flags import COMMANDS
+from sidestep.config.settings import Setting, settings_of, show_value
 
 START = ("uv", "run", "train.py")
 
@@ -24,10 +23,9 @@ class Plan:
 
 def words_of(plan: Plan) -> list[str]:
     """The words after `train.py`: the subcommand and its flags."""
-    settings = {
-        setting.name: setting for config in (TrainConfig, BuildDatasetConfig) for setting in settings_of(config)
-    }
-    flags = [_flag(settings.get(name), name, value) for name, value in plan.values.items()]
+    (command,) = (command for command in COMMANDS if command.name == plan.command)
+    settings = {setting.name: setting for config in command.configs for setting in settings_of(config)}
+    flags = [_flag(settings[name], value) for name, value in plan.values.items()]
     return [plan.command, *(word for words in flags for word in words)]
 
 
@@ -45,11 +43,11 @@ def word_of(value: Any) -> str:
     return show_value(value)
 
 
-def _flag(setting: Setting | None, name: str, value: Any) -> list[str]:
-    flag = flag_of(name)
+def _flag(setting: Setting, value: Any) -> list[str]:
+    flag = setting.flag
     if isinstance(value, bool):
         return [flag if value else f"--no-{flag[2:]}"]
-    if setting and setting.many:
+    if setting.many:
         return [flag, *map(word_of, value)]
     word = word_of(value)
     return [f"{flag}={word}"] if word.startswith("-") else [flag, word]

@@ -3,17 +3,19 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sidestep.config.flags import COMMANDS
 from sidestep.config.presets import read_preset, save_preset
+from sidestep.config.rank_map import read_rank_map
 from sidestep.config.recipe import RECIPE_PINS, resolve_recipe
 from sidestep.config.resolve import resolve_training
 from sidestep.config.runs import checkpoints_in
 from sidestep.config.settings import Setting, settings_of
 from sidestep.config.train import TrainConfig
 from sidestep.data.audio import find_audio
-from sidestep.errors import ConfigError, SidestepError
+from sidestep.errors import ConfigError, DataError, SidestepError
 from sidestep.ui.command_line import Plan
 from sidestep.ui.flow import Facts, Flow, depth_questions
 from sidestep.ui.machine import Gpu
@@ -31,11 +33,13 @@ from sidestep.ui.questions import Choice, Form, Question, question_of, typed_val
 from sidestep.ui.session import Session
 from sidestep.ui.wording import count
 
+Known = Callable[[Form], Mapping[str, Any]]
 SETTINGS = {setting.name: setting for setting in settings_of(TrainConfig)}
 MODEL, PREPROCESSING, ADAPTER, TRAINING, OBJECTIVE, DEVICE = (
     SETTINGS[name].group for name in ("dataset_dir", "preprocess", "rank", "epochs", "loss_weighting", "device")
 )
 MARKED = (ADAPTER, TRAINING, OBJECTIVE)
+DECIDED_BY_MAP = ("rank", "target_modules", "attention_type")
 # As declared, but what happens first is asked first, and the device, which is found by itself, last.
 ORDER = (
     MODEL,
@@ -51,17 +55,25 @@ def train_flow(
     adapter_type: str | None = None,
     preset: str = FRESH,
     data: Path | None = None,
+    known: Mapping[str, Any] = MappingProxyType({}),
     gpus: Sequence[Gpu] = (),
 ) -> Flow:
-    """The flow that trains an adapter; what is known beforehand is given and, the adapter's kind aside, still asked."""
+    """The flow that trains an adapter; what is known beforehand is given and, the adapter's kind aside, still asked.
+
+    `known` are settings that the step before was made for; but for a rank map they count only with this preset.
+    """
     session = session.as_it_is()
+
+    def known_now(form: Form) -> Mapping[str, Any]:
+        return known if form["preset"] == preset else {name: known[name] for name in known if name == "rank_map"}
+
     questions = (
         preset_question(preset, gpus, remarks=lambda name: _preset_remarks(name, adapter_type)),
         *depth_questions(lambda form: ORDER, marked=MARKED),
-        *model_questions(session),
+        *model_questions(session, overrides=known.get),
         _data_question(session, data),
         *_folder_questions(session),
-        *_setting_questions(adapter_type),
+        *_setting_questions(adapter_type, known_now),
     )
     return Flow(
         title=f"Train a {_title(adapter_type)}" if adapter_type else "Train",
@@ -115,7 +127,7 @@ def _preset_remarks(name: str, adapter_type: str | None) -> Sequence[str]:
     return () if named == adapter_type else [f"But for its adapter type: this trains a {_title(adapter_type)}."]
 
 
-def _recipe_question() -> Question:
+def _recipe_question(known: Known) -> Question:
     recipes = [Choice(value=c.name, title=c.name, note=c.summary) for c in COMMANDS if c.name in RECIPE_PINS]
     return Question(
         name="recipe",
@@ -123,7 +135,7 @@ def _recipe_question() -> Question:
         kind="choice",
         group=OBJECTIVE,
         ask="advanced",
-        suggest=lambda form: "fixed",
+        suggest=lambda form: known(form).get("recipe", "fixed"),
         choices=lambda form: recipes,
     )
 
@@ -191,33 +203,52 @@ def what_is_wrong_with_run_folder(form: Form, folder: Path | None) -> str:
     return what_is_wrong_with_output(folder)
 
 
-def _setting_questions(adapter_type: str | None) -> list[Question]:
+def _setting_questions(adapter_type: str | None, known: Known) -> list[Question]:
     own = {"checkpoint_dir", "model_variant", "base_model", "dataset_dir", "output_dir", "run_name"}
     own |= {"preprocess", "audio_dir", "tensor_output", "resume_from"}
-    others = [_training_question(setting, adapter_type) for setting in SETTINGS.values() if setting.name not in own]
-    return sorted([_recipe_question(), *others], key=lambda question: ORDER.index(question.group))
+    others = [setting for setting in SETTINGS.values() if setting.name not in own]
+    questions = [_recipe_question(known), *(_training_question(setting, adapter_type, known) for setting in others)]
+    return sorted(questions, key=lambda question: ORDER.index(question.group))
 
 
-def _training_question(setting: Setting, adapter_type: str | None) -> Question:
+def _what_is_wrong_with_map(form: Form, path: Path | None) -> str:
+    try:
+        read_rank_map(path) if path else None
+    except DataError as error:
+        return f"{error.message} {error.hint}".strip()
+    return ""
+
+
+def _has_map(form: Form) -> bool:
+    when = SETTINGS["rank_map"].when
+    return form["rank_map"] is not None and (when is None or when.holds(form))
+
+
+def _training_question(setting: Setting, adapter_type: str | None, known: Known) -> Question:
     def suggest(form: Form) -> Any:
-        return layer(form).get(setting.name, setting.default)
+        return known(form).get(setting.name, layer(form).get(setting.name, setting.default))
 
     def applies(form: Form) -> bool:
         return (
             setting.name not in RECIPE_PINS[form["recipe"]]
+            and not (setting.name in DECIDED_BY_MAP and _has_map(form))
             and (setting.when is None or setting.when.holds(form))
             and (setting.group != PREPROCESSING or is_raw(form))
         )
 
     if setting.name == "alpha":
-        return question_of(setting, suggest=_suggested_alpha, applies=applies)
+        return question_of(setting, suggest=lambda form: _suggested_alpha(form, known(form)), applies=applies)
+    if setting.name == "rank_map":
+        return question_of(setting, suggest=suggest, applies=applies, check=_what_is_wrong_with_map)
     if setting.name == "adapter_type" and adapter_type:
         return question_of(setting, ask="advanced", suggest=lambda form: adapter_type, applies=applies)
     return question_of(setting, suggest=suggest, applies=applies)
 
 
-def _suggested_alpha(form: Form) -> float:
+def _suggested_alpha(form: Form, known: Mapping[str, Any]) -> float:
     """As the layers below have it; where another rank was given, in the same proportion to it."""
+    if "alpha" in known:
+        return known["alpha"]
     values = {name: layer(form).get(name, SETTINGS[name].default) for name in ("rank", "alpha")}
     return values["alpha"] * form["rank"] / values["rank"]
 
@@ -237,7 +268,7 @@ def _problem(form: Form) -> SidestepError | None:
 
 
 def _save_preset(form: Form, name: str) -> str:
-    return str(save_preset(name, _config(form)))
+    return str(save_preset(name, _config(form), without=RECIPE_PINS[form["recipe"]]))
 
 
 def _why(form: Form, is_turbo: bool) -> str:

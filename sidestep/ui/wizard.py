@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 from sidestep.config.places import config_folder, product_version
 from sidestep.config.presets import delete_preset, is_own_preset, own_preset_path, preset_names
@@ -16,10 +17,11 @@ from sidestep.ui.asker import Asker, GoBack, Prompt
 from sidestep.ui.command_line import Plan
 from sidestep.ui.console import Console
 from sidestep.ui.download import Hub
+from sidestep.ui.estimate_flow import estimate_flow, known_of_run
 from sidestep.ui.first_start import ask_for_folder, fetch_models, has_models, show_how_to_fetch, show_machine
 from sidestep.ui.flow import Flow, chosen_groups
 from sidestep.ui.machine import Gpu
-from sidestep.ui.preset_list import FRESH, describe_preset, preset_choices
+from sidestep.ui.preset_list import describe_preset, preset_choices
 from sidestep.ui.problems import log_traceback, show_error
 from sidestep.ui.questions import Choice, Form, Question, wanted, whole_group
 from sidestep.ui.resume_flow import resume_flow
@@ -92,6 +94,7 @@ class Wizard:
             *(Entry(f"Train a {ADAPTERS[name]}", partial(self._train, adapter_type=name)) for name in trained),
             Entry("Build dataset", self._build_dataset, "a folder of songs becomes dataset.json"),
             Entry("Preprocess audio", self._preprocess, "songs become the tensors that training reads"),
+            Entry("Preprocessing++", self._estimate, "which modules to train, and how much of each"),
             Entry("Resume a run", self._resume),
             Entry("Presets", self._presets),
             Entry("Settings", self._settings, "where the models are, what is remembered"),
@@ -134,9 +137,8 @@ class Wizard:
             self._explain(error)
             raise GoBack from error
 
-    def _train(self, *, adapter_type: str | None = None, preset: str = FRESH, data: Path | None = None) -> None:
-        flow = train_flow(self._session, adapter_type=adapter_type, preset=preset, data=data, gpus=self._gpus)
-        if self._conduct(flow):
+    def _train(self, **known: Any) -> None:
+        if self._conduct(train_flow(self._session, gpus=self._gpus, **known)):
             self._what_next([])
 
     def _build_dataset(self) -> None:
@@ -148,8 +150,20 @@ class Wizard:
     def _preprocess(self, *, audio: Path | None = None, dataset_json: Path | None = None) -> None:
         form = self._conduct(preprocess_flow(self._session, audio=audio, dataset_json=dataset_json))
         if form:
-            train = partial(self._train, data=form["tensor_output"])
-            self._what_next([Entry(f"Train a {ADAPTERS[a]} on them", partial(train, adapter_type=a)) for a in ADAPTERS])
+            data = form["tensor_output"]
+            train = partial(self._train, data=data)
+            entries = [Entry(f"Train a {ADAPTERS[a]} on them", partial(train, adapter_type=a)) for a in ADAPTERS]
+            measure = Entry(
+                "Preprocessing++", partial(self._estimate, data=data), "first measure what to train on them"
+            )
+            self._what_next([*entries, measure])
+
+    def _estimate(self, *, data: Path | None = None) -> None:
+        form = self._conduct(estimate_flow(self._session, data=data, gpus=self._gpus))
+        if form:
+            given = {"preset": form["preset"], "data": form["dataset_dir"], "known": known_of_run(form)}
+            train = partial(self._train, adapter_type="lora", **given)
+            self._what_next([Entry("Train a LoRA with this rank map", train)])
 
     def _resume(self) -> None:
         if self._conduct(resume_flow(self._session)):

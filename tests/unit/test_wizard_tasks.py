@@ -17,7 +17,7 @@ from sidestep.ui.preset_list import RECOMMENDED, preset_choices
 from tests.unit.stage import BACK, ENTER, EXIT, EXIT_AFTERWARDS, LEAVE, UP, Stage, down, make_models, stage, typed
 
 __all__ = ["stage"]
-BUILD, PREPROCESS, RESUME, PRESETS, SETTINGS = (down(place) for place in range(2, 7))
+BUILD, PREPROCESS, _, RESUME, PRESETS, SETTINGS = (down(place) for place in range(2, 8))
 START, CHANGE = ENTER, down(1)
 BASIC_OF_BUILDING = 2  # The folder and the tag.
 
@@ -54,7 +54,7 @@ def test_building_goes_back_from_every_question_and_cancels_at_every_one(stage: 
     for place in range(len(forward) + 1):
         code, _ = stage.play(BUILD, *forward[:place], LEAVE)
         assert (code, stage.started) == (130, [])
-    assert stage.play(BUILD, BACK, down(5))[0] == 0
+    assert stage.play(BUILD, BACK, down(6))[0] == 0
 
 
 def test_a_group_of_building_can_be_changed(stage: Stage):
@@ -105,7 +105,7 @@ def test_preprocessing_goes_back_from_every_question_and_cancels_at_every_one(st
     for place in range(len(forward) + 1):
         code, _ = stage.play(PREPROCESS, *forward[:place], LEAVE)
         assert (code, stage.started) == (130, [])
-    assert stage.play(PREPROCESS, BACK, down(4))[0] == 0
+    assert stage.play(PREPROCESS, BACK, down(5))[0] == 0
 
 
 def test_one_step_leads_to_the_next_with_the_paths_filled_in(stage: Stage):

@@ -92,8 +92,8 @@ def test_plain_prompts_write_no_escape_code(home: Path):
     screen = open_wizard(home, "--plain")
     screen.wait_for("Number [1] > ")
     screen.press("nothing\n")
-    screen.wait_for("Type a number from 1 to 8.")
-    screen.press("8\n")
+    screen.wait_for("Type a number from 1 to 9.")
+    screen.press("9\n")
     screen.wait_for("code 0 heavy [].")
     assert "\x1b" not in screen.seen
     screen.close()
