@@ -139,8 +139,12 @@ def plan_batches(
     song is left out is drawn anew in every epoch.
     """
     chunk_frames = round(chunk_seconds * FRAMES_PER_SECOND)
-    if few_lengths and chunk_frames > LENGTH_STEP:
-        chunk_frames -= chunk_frames % LENGTH_STEP
+    if few_lengths and chunk_frames:
+        # Down, but to no less than a second.
+        whole_steps = chunk_frames - chunk_frames % LENGTH_STEP
+        chunk_frames = (
+            whole_steps if whole_steps >= FRAMES_PER_SECOND else -(-chunk_frames // LENGTH_STEP) * LENGTH_STEP
+        )
     windowed = tuple(at for at, song in enumerate(songs) if chunk_frames and song.frames >= chunk_frames)
     groups = [LengthGroup(chunk_frames, windowed)] if windowed else []
     whole = sorted(set(range(len(songs))) - set(windowed), key=lambda at: (songs[at].frames, at))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sidestep.config.settings import flag_of, show_value, values_of
+from sidestep.config.settings import flag_of, settings_of, show_value, values_of
 from sidestep.config.train import TrainConfig
 from sidestep.errors import NoRoomError
 from sidestep.events import Emit, Notice
@@ -67,7 +67,7 @@ def assemble_fitting(config: TrainConfig, *, emit: Emit, **parts: Any) -> Run:
             fit = measure(run)
         except NoRoomError:
             longest = config.chunk_duration or config.max_duration
-            smaller = next(ways_to_take_less(config, longest), None)
+            smaller = next(iter(ways_to_take_less(config, longest)), None)
             if not config.auto_fit or smaller is None:
                 raise
             emit(Notice(text=f"That does not fit; trying with {flags_between(config, smaller)}.", level="warning"))
@@ -91,13 +91,32 @@ def report(run: Run, fit: Fit, emit: Emit) -> None:
     )
 
 
-def ways_to_take_less(config: TrainConfig, seconds: float) -> Iterator[TrainConfig]:
-    """Yield this config with one setting changed for less memory, what costs the least first."""
+def ways_to_take_less(config: TrainConfig, seconds: float) -> list[TrainConfig]:
+    """Return this config with one setting changed for less memory, what costs the least first.
+
+    For a run that goes on, only what may change then.
+    """
+    ways = _ways(config, seconds)
+    return [way for way in ways if config.resume_from is None or _may_go_on(config, way)]
+
+
+def _may_go_on(before: TrainConfig, after: TrainConfig) -> bool:
+    free = {setting.name for setting in settings_of(TrainConfig) if setting.on_resume == "free"}
+    return _changed(before, after).keys() <= free
+
+
+def _changed(before: TrainConfig, after: TrainConfig) -> dict[str, Any]:
+    old = values_of(before)
+    return {name: value for name, value in values_of(after).items() if value != old[name]}
+
+
+def _ways(config: TrainConfig, seconds: float) -> Iterator[TrainConfig]:
     if not config.gradient_checkpointing or config.gradient_checkpointing_ratio < 1:
         yield replace(config, gradient_checkpointing=True, gradient_checkpointing_ratio=1.0)
     if config.batch_size > 1:
-        passes = config.gradient_accumulation * 2
-        yield replace(config, batch_size=config.batch_size // 2, gradient_accumulation=passes)
+        parts = config.batch_size if config.batch_size % 2 else 2
+        passes = config.gradient_accumulation * parts
+        yield replace(config, batch_size=config.batch_size // parts, gradient_accumulation=passes)
     if config.quantize == "none":
         yield replace(config, quantize="int8")
     if config.optimizer_type == "adamw":
@@ -118,9 +137,8 @@ def takes_less(config: TrainConfig, seconds: float) -> str:
 
 def flags_between(before: TrainConfig, after: TrainConfig) -> str:
     """Return the flags that make `after` of `before`."""
-    old = values_of(before)
-    changed = {name: value for name, value in values_of(after).items() if value != old[name]}
-    words = (flag_of(n) if value is True else f"{flag_of(n)} {show_value(value)}" for n, value in changed.items())
+    changed = _changed(before, after).items()
+    words = (flag_of(name) if value is True else f"{flag_of(name)} {show_value(value)}" for name, value in changed)
     return " ".join(words)
 
 
