@@ -16,6 +16,7 @@ from sidestep.config.flags import GlobalConfig, LayersConfig
 from sidestep.config.places import default_checkpoint_dir, product_version, remember
 from sidestep.config.presets import save_preset
 from sidestep.config.rank_map import read_rank_map
+from sidestep.config.recipe import RECIPE_PINS
 from sidestep.config.resolve import resolve_training
 from sidestep.config.runs import RUN_CONFIG, checkpoints_in, run_of, set_aside_newer
 from sidestep.config.settings import build, parse_values, settings_of
@@ -48,7 +49,8 @@ def run(command: str, values: Mapping[str, Any], *, screen: GlobalConfig, rememb
     for notice in resolved.notices:
         console.print(notice)
     if layers.save_preset:
-        console.print(f"Saved as preset: {save_preset(layers.save_preset, config)}")
+        path = save_preset(layers.save_preset, config, without=RECIPE_PINS[command])
+        console.print(f"Saved as preset: {path}")
     checkpoint = _checkpoint(config)
     if remembers and config.checkpoint_dir is not None:
         _remember(config.checkpoint_dir, console)

@@ -127,7 +127,7 @@ class AdapterConfig:
         "Scale by alpha / sqrt(rank) (rank-stabilised LoRA).", group=ADAPTER, default=False, when=PEFT
     )
     lokr_factor: int = option(
-        "Size of LoKr's first Kronecker factor; -1 chooses the most square one.",
+        "Size of LoKr's first Kronecker factor, 1 at least; -1 chooses the most square one.",
         group=ADAPTER,
         default=-1,
         within=Range(at_least=-1),

@@ -127,7 +127,7 @@ def describe(setting: Setting, *, default: bool = True, condition: bool = True) 
     sentences = [setting.help]
     if setting.choices or setting.within:
         sentences.append(f"{setting.rule[:1].upper()}{setting.rule[1:]}.")
-    if condition and setting.when and setting.kind is not bool and len(setting.when.values) < 5:
+    if condition and setting.when and len(setting.when.values) < 5:
         sentences.append(f"{str(setting.when)[:1].upper()}{str(setting.when)[1:]}.")
     if default:
         sentences.append(f"Default: {setting.shown_default}.")

@@ -1,7 +1,8 @@
 """Settings as JSON: shipped presets, the user's own, and a run's config.json."""
 
+import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ def read_preset(name: str) -> dict[str, Any]:
     """Return the settings of a preset, parsed; ConfigError for an unknown preset, an unknown key or a wrong value."""
     presets = preset_names()
     if name not in presets:
-        raise ConfigError(f"There is no preset '{name}'.", hint=f"There are: {', '.join(sorted(presets))}.")
+        near = difflib.get_close_matches(name, presets, n=1)
+        guess = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(f"There is no preset '{name}'{guess}.", hint=f"There are: {', '.join(sorted(presets))}.")
     content = _read_json(presets[name])
     values = {key: value for key, value in content.items() if key not in ("name", "description")}
     parsed = parse_values(TrainConfig, values, source=f"Preset {name}")
@@ -69,13 +72,16 @@ def own_preset_path(name: str) -> Path:
     return preset_folders()[0] / f"{stem.replace(' ', '_')}.json"
 
 
-def save_preset(name: str, config: TrainConfig, *, description: str = "") -> Path:
-    """Write the settings that differ from the defaults as a preset of the user's own."""
+def save_preset(name: str, config: TrainConfig, *, description: str = "", without: Collection[str] = ()) -> Path:
+    """Write the settings that differ from the defaults as a preset of the user's own.
+
+    `without` are settings that nobody chose: what a recipe pins is no part of a preset, which serves every recipe.
+    """
     path = own_preset_path(name)
     changed = {
         setting.name: getattr(config, setting.name)
         for setting in settings_of(TrainConfig)
-        if setting.in_presets and getattr(config, setting.name) != setting.default
+        if setting.in_presets and setting.name not in without and getattr(config, setting.name) != setting.default
     }
     write_whole(path, _to_json({"name": name.strip(), "description": description, **changed}))
     return path

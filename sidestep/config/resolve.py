@@ -38,7 +38,7 @@ def resolve_training(command: str, typed: Values, *, preset: str | None = None, 
     pins = RECIPE_PINS[command]
     given = parse_values(TrainConfig, typed)
     resumed = _resumed_values(command, given["resume_from"]) if given.get("resume_from") else {}
-    earlier = _without(read_run_config(source)[1], ("output_dir", "run_name", "resume_from")) if source else {}
+    earlier = _earlier_values(source) if source else {}
     chosen = {**(read_preset(preset) if preset else {}), **given}
     _refuse_changes(resumed, chosen)
     config = build(TrainConfig, earlier, resumed, chosen, pins)
@@ -46,6 +46,13 @@ def resolve_training(command: str, typed: Values, *, preset: str | None = None, 
     if problems:
         raise ConfigError("\n".join(problems))
     return Resolved(config=config, notices=tuple(idle_settings(config, _without(given, pins))))
+
+
+def _earlier_values(source: Path) -> dict[str, Any]:
+    """Return what another run takes over from an earlier one: not where it went, not its preprocessing, which is done,
+    and not what its recipe pinned."""
+    recipe, values = read_run_config(source)
+    return _without(values, {"output_dir", "run_name", "resume_from", "preprocess", *RECIPE_PINS[recipe]})
 
 
 def contradictions(config: TrainConfig, given: Values) -> list[str]:

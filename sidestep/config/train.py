@@ -173,7 +173,7 @@ class TrainConfig(AdapterConfig):
         when=When("timestep_mode", ("auto", "discrete")),
     )
     chunk_duration: float = option(
-        "Train on random windows of so many seconds; 0 trains on whole songs.",
+        "Train on random windows of so many seconds, 1 at least; 0 trains on whole songs.",
         group=OBJECTIVE,
         default=0.0,
         within=Range(at_least=0),

@@ -8,7 +8,14 @@ import torch
 
 from sidestep.config.presets import run_config_text
 from sidestep.config.rank_map import RankMap, read_rank_map, recipe_fingerprint
-from sidestep.config.recipe import TURBO_SHIFT, Recipe, learning_rate_of, resolve_recipe, schedule_of
+from sidestep.config.recipe import (
+    PRODIGY_LEARNING_RATE,
+    TURBO_SHIFT,
+    Recipe,
+    learning_rate_of,
+    resolve_recipe,
+    schedule_of,
+)
 from sidestep.config.runs import resume_candidates
 from sidestep.config.train import TrainConfig
 from sidestep.errors import ConfigError, ModelError
@@ -76,6 +83,8 @@ def assemble(
     device = choose_device(config.device)
     dtype = choose_dtype(config.precision, device)
     recipe = resolve_recipe(config, name=recipe_name, is_turbo=checkpoint.is_turbo)
+    if config.shift is not None and config.timestep_mode == "auto" and recipe.timestep_mode == "continuous":
+        emit(Notice(text=f"--shift has no effect here: {checkpoint.variant} trains on continuous timesteps."))
     songs = find_songs(dataset_dir, checkpoint, emit=emit)
     trained_on, held_out = hold_out(songs, config.val_split)
     plan = _plan(config, trained_on, few_lengths=can_capture(device, dtype), emit=emit)
@@ -170,6 +179,14 @@ def _pace(config: TrainConfig, plan: Plan, state: TrainState, emit: Emit) -> Pac
     schedule = schedule_of(config)
     if schedule != config.scheduler_type:
         emit(Notice(text=f"{config.optimizer_type} sets its own pace: the schedule is {schedule}."))
+    if config.optimizer_type == "prodigy" and learning_rate_of(config) < PRODIGY_LEARNING_RATE / 10:
+        emit(
+            Notice(
+                text=f"Prodigy finds the step size itself and multiplies it by --lr: with {config.learning_rate:g} the "
+                f"adapter hardly learns. Usual is {PRODIGY_LEARNING_RATE:g}.",
+                level="warning",
+            )
+        )
     if schedule != "constant" and config.warmup_steps >= total_steps:
         emit(
             Notice(
@@ -236,16 +253,20 @@ def _restore(snapshot: Snapshot, adapter: Adapter, stepper: Stepper) -> None:
 
 
 def _report_groups(plan: Plan, emit: Emit) -> None:
-    """Say how songs were grouped by length where that is not one song a batch."""
-    cropped = [g for g in plan.groups if any(plan.songs[at].frames > g.frames for at in g.songs)]
+    """Say how songs were grouped by length, where that is not one whole song a batch."""
+    songs = plan.songs
+    whole = [group for group in plan.groups if group.frames != plan.chunk_frames]
+    left_out = [songs[at].frames - group.frames for group in whole for at in group.songs]
+    cropped = sum(frames > 0 for frames in left_out)
+    cut = f"{cropped} cropped, by {max(left_out) / FRAMES_PER_SECOND:.1f} s at most" if cropped else ""
     if plan.chunk_frames:
-        windowed = [g for g in plan.groups if g.frames == plan.chunk_frames]
-        short = sum(len(g.songs) for g in plan.groups) - sum(len(g.songs) for g in windowed)
-        text = f"{sum(len(g.songs) for g in windowed)} songs in windows of {plan.chunk_frames / FRAMES_PER_SECOND:g} s"
-        emit(Notice(text=f"{text}; {short} shorter ones whole." if short else f"{text}."))
+        short = f"; {len(left_out)} shorter ones whole{cut and f', {cut}'}" if left_out else ""
+        seconds = plan.chunk_frames / FRAMES_PER_SECOND
+        emit(Notice(text=f"{len(songs) - len(left_out)} songs in windows of {seconds:g} s{short}."))
     elif plan.batch_size > 1:
-        text = f"{len(plan.songs)} songs in {len(plan.groups)} groups of equal length for batches of {plan.batch_size}"
-        cut = f"; {len(cropped)} groups cropped to their shortest song, by less than a second" if cropped else ""
-        alone = sum(len(g.songs) < plan.batch_size for g in plan.groups)
+        alone = sum(len(group.songs) < plan.batch_size for group in plan.groups)
         small = f"; {alone} groups do not fill a batch (--chunk-duration makes lengths equal)" if alone else ""
-        emit(Notice(text=f"{text}{cut}{small}."))
+        text = f"{len(songs)} songs in {len(plan.groups)} groups of equal length for batches of {plan.batch_size}"
+        emit(Notice(text=f"{text}{cut and f'; {cut}'}{small}."))
+    elif cropped:
+        emit(Notice(text=f"Of {len(songs)} songs {cut}: every length costs a capture."))

@@ -21,6 +21,7 @@ from sidestep.errors import DataError, ReadingError
 from sidestep.events import Notice
 from sidestep.model.checkpoint import Checkpoint
 from sidestep.preprocess.tensors import FRAMES_PER_SECOND, read_sample
+from sidestep.training import assemble
 from sidestep.training.batches import Batch, Plan, Song, mix, plan_batches, window_starts
 from tests.torch.tiny import assert_identical, prepare, tiny_config, write_songs
 
@@ -297,7 +298,7 @@ def test_a_reading_process_ends_when_it_is_told_twice(tmp_path: Path, base: Chec
     assert worker.exitcode == -signal.SIGTERM
 
 
-def test_what_was_grouped_is_reported(tmp_path: Path, base: Checkpoint):
+def test_what_was_grouped_is_reported(tmp_path: Path, base: Checkpoint, monkeypatch: pytest.MonkeyPatch):
     songs = write_songs(tmp_path, base, (50, 50, 60, 100))
 
     def notices(**changes: object) -> list[str]:
@@ -307,8 +308,14 @@ def test_what_was_grouped_is_reported(tmp_path: Path, base: Checkpoint):
 
     assert notices() == []
     assert notices(batch_size=3) == [
-        "4 songs in 2 groups of equal length for batches of 3; 1 groups cropped to their shortest song, "
-        "by less than a second; 1 groups do not fill a batch (--chunk-duration makes lengths equal)."
+        "4 songs in 2 groups of equal length for batches of 3; 1 cropped, by 0.4 s at most; "
+        "1 groups do not fill a batch (--chunk-duration makes lengths equal)."
     ]
     assert notices(chunk_duration=2.0) == ["4 songs in windows of 2 s."]
+    assert notices(chunk_duration=3.0, batch_size=3) == [
+        "1 songs in windows of 3 s; 3 shorter ones whole, 1 cropped, by 0.4 s at most."
+    ]
     assert notices(chunk_duration=4.0) == ["1 songs in windows of 4 s; 3 shorter ones whole."]
+    # Captured passes crop songs that are alone in their batch too, and by more than a second.
+    monkeypatch.setattr(assemble, "can_capture", lambda device, dtype: True)
+    assert notices() == ["Of 4 songs 4 cropped, by 2.1 s at most: every length costs a capture."]

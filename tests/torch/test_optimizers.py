@@ -86,6 +86,24 @@ def test_prodigy_paces_itself_and_says_so(tmp_path: Path, base: Checkpoint):
     assert "prodigy sets its own pace: the schedule is constant." in [event.text for event in trained.all_of(Notice)]
 
 
+def test_prodigy_with_the_learning_rate_of_another_optimizer_is_warned_of(tmp_path: Path, base: Checkpoint):
+    songs = write_songs(tmp_path / "songs", base, (30,))
+    texts: list[list[str]] = []
+    for lr in (1e-4, 0.5, None):
+        events: list[object] = []
+        config = tiny_config(optimizer_type="prodigy", learning_rate=lr)
+        prepare(config, base, songs, tmp_path / "run", emit=events.append)
+        texts.append([e.text for e in events if isinstance(e, Notice) and e.level == "warning"])
+    assert texts == [
+        [
+            "Prodigy finds the step size itself and multiplies it by --lr: with 0.0001 the adapter hardly learns. "
+            "Usual is 1."
+        ],
+        [],
+        [],
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "module", "package"),
     [
@@ -110,3 +128,13 @@ def test_a_missing_package_is_an_error_with_the_remedy_and_never_another_optimiz
         prepare(tiny_config(optimizer_type=name), base, songs, tmp_path / "run")
     assert "uv sync" in caught.value.hint
     assert "--optimizer-type adamw" in caught.value.hint
+
+
+def test_a_shift_that_a_continuous_model_has_no_use_for_is_said(tmp_path: Path, base: Checkpoint):
+    songs = write_songs(tmp_path / "songs", base, (30,))
+    texts: list[list[str]] = []
+    for mode in ("auto", "discrete"):
+        events: list[object] = []
+        prepare(tiny_config(shift=2.0, timestep_mode=mode), base, songs, tmp_path / "run", emit=events.append)
+        texts.append([e.text for e in events if isinstance(e, Notice) and "--shift" in e.text])
+    assert texts == [["--shift has no effect here: base trains on continuous timesteps."], []]

@@ -86,6 +86,12 @@ def test_help_says_the_rule_and_the_default_of_every_setting(capsys: pytest.Capt
                     assert _joined(describe(setting)) in _joined(shown), setting.name
 
 
+def test_help_says_of_switches_too_what_they_need():
+    settings = {setting.name: setting for setting in settings_of(TrainConfig)}
+    assert "Only with --adapter-type lokr." in describe(settings["lokr_use_scalar"])
+    assert "Only with --adapter-type lora or dora." in describe(settings["use_rslora"])
+
+
 def _joined(text: str) -> str:
     """argparse breaks lines at hyphens: compare without white space."""
     return re.sub(r"\s", "", text.replace("%%", "%"))

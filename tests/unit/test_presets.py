@@ -18,6 +18,7 @@ from sidestep.config.presets import (
     run_config_text,
     save_preset,
 )
+from sidestep.config.recipe import RECIPE_PINS, learning_rate_of
 from sidestep.config.resolve import resolve_training
 from sidestep.config.settings import settings_of
 from sidestep.config.train import TrainConfig
@@ -63,6 +64,12 @@ def test_a_shipped_preset_is_sound(name: str):
     description = preset_description(name)
     assert description.endswith(".") and len(description) <= 60
     assert json.loads((SHIPPED / f"{name}.json").read_text(encoding="utf-8"))["name"] == name
+
+
+def test_a_shipped_preset_leaves_the_learning_rate_to_the_optimizer():
+    for name in sorted(PROMISED - {"quick_test"}):
+        preset = resolve_training("fixed", {**FOLDERS, "optimizer_type": "prodigy"}, preset=name).config
+        assert learning_rate_of(preset) == 1.0, name
 
 
 def test_less_memory_never_asks_for_more():
@@ -145,7 +152,8 @@ def test_a_damaged_preset_is_an_error(own_folder: Path, text: str):
 def test_an_unknown_preset_lists_those_there_are():
     with pytest.raises(ConfigError) as caught:
         read_preset("recomended")
-    assert "recommended" in caught.value.hint
+    assert caught.value.message == "There is no preset 'recomended' (did you mean recommended?)."
+    assert "quick_test" in caught.value.hint
 
 
 @pytest.mark.parametrize("name", ["", " ", "a/b", "..", "a\\b", "nul", "x:y", "."])
@@ -162,3 +170,22 @@ def test_a_runs_config_is_read_back_as_it_was(tmp_path: Path):
     assert recipe == "vanilla"
     assert values["learning_rate"] == 1 / 3 and values["output_dir"] == Path("out").resolve()
     assert set(values) == {setting.name for setting in settings_of(TrainConfig)} - {"resume_from"}
+
+
+def test_what_vanilla_pins_is_neither_saved_as_a_preset_nor_taken_over_by_fixed(tmp_path: Path):
+    before = resolve_training("vanilla", {**FOLDERS, "rank": 24}).config
+    save_preset("mine", before, without=RECIPE_PINS["vanilla"])
+    assert read_preset("mine") == {"rank": 24}
+    path = tmp_path / "config.json"
+    path.write_text(run_config_text(before, recipe="vanilla", version="1", objective=""), encoding="utf-8")
+    after = resolve_training("fixed", FOLDERS, source=path).config
+    assert (after.rank, after.timestep_mode, after.shift, after.cfg_ratio) == (24, "auto", None, None)
+    assert resolve_training("vanilla", FOLDERS, source=path).config == before
+
+
+def test_the_songs_of_an_earlier_run_are_not_preprocessed_again(tmp_path: Path):
+    before = config(preprocess=True, audio_dir="songs", tensor_output="tensors")
+    path = tmp_path / "config.json"
+    path.write_text(run_config_text(before, recipe="fixed", version="1", objective=""), encoding="utf-8")
+    after = resolve_training("fixed", {**FOLDERS, "dataset_dir": "others"}, source=path).config
+    assert not after.preprocess and after.dataset_dir == Path("others")
