@@ -14,8 +14,9 @@ from sidestep.ui.flow import Facts, Flow
 from sidestep.ui.model_questions import what_is_wrong_with_checkpoints
 from sidestep.ui.paths import count_tensors, read_path
 from sidestep.ui.questions import Choice, Form, Question, question_of, title_of, typed_values
-from sidestep.ui.run_list import FoundRun, find_runs, read_run
+from sidestep.ui.run_list import FoundRun, find_runs, pace_of, read_run
 from sidestep.ui.session import Session
+from sidestep.ui.wording import duration
 
 ELSEWHERE = Path()  # No run lies in the working folder itself: it is searched like any other place.
 SHOWN_AS_FIXED = ("model_variant", "adapter_type", "rank", "alpha", "learning_rate", "batch_size", "seed")
@@ -172,8 +173,12 @@ def _plan(form: Form) -> Plan:
 def _facts(form: Form) -> Facts:
     run = run_of(form)
     assert run is not None
+    pace = pace_of(run.folder)
+    more = (form["epochs"] - run.epoch) * pace.steps_per_epoch * pace.seconds_per_step if pace else 0.0
+    takes = [("Time", f"about {duration(more)} more, at the pace it had")] if more > 0 and not form["max_steps"] else []
     return [
         ("Run", f"{run.folder}: {run}"),
+        *takes,
         ("Writes", f"on in the same folder, from the checkpoint of epoch {run.epoch}"),
     ]
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from sidestep.config.presets import read_run_config
@@ -35,11 +36,35 @@ class FoundRun:
         return f"{epochs}, {self.saved:%Y-%m-%d %H:%M}{loss}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """What a run's steps took: seconds, and GiB at the most where that was measured."""
+
+    seconds_per_step: float
+    steps_per_epoch: float
+    memory_gib: float | None
+
+
 def find_runs(places: Iterable[Path]) -> list[FoundRun]:
     """The runs in these folders and one level below them, the newest first."""
     folders = {folder.resolve() for place in places if place.is_dir() for folder in (place, *_subfolders(place))}
     runs = [read_run(folder) for folder in folders if checkpoints_in(folder)]
     return sorted(runs, key=lambda run: (run.saved, str(run.folder)), reverse=True)
+
+
+def pace_of(folder: Path) -> Pace | None:
+    """How fast a run went on at its end and what it took, by its own metrics.jsonl; None where that does not say."""
+    events = _last_events(folder / "metrics.jsonl", "metrics", "epoch_done")
+    rates = [rate for rate in _numbers(events, "steps_per_second") if rate > 0]
+    ends = [event for event in events if event["event"] == "epoch_done"]
+    steps, epochs = _numbers(ends[-1:], "step"), _numbers(ends[-1:], "epoch")
+    if not rates or not steps or not epochs or not epochs[0]:
+        return None
+    return Pace(
+        seconds_per_step=1 / median(rates),
+        steps_per_epoch=steps[0] / epochs[0],
+        memory_gib=max(_numbers(events, "memory_gib"), default=None),
+    )
 
 
 def read_run(folder: Path) -> FoundRun:
@@ -69,21 +94,28 @@ def _subfolders(place: Path) -> list[Path]:
 
 
 def _last_loss(path: Path) -> float | None:
+    losses = _numbers(_last_events(path, "epoch_done", "metrics"), "loss")
+    return losses[-1] if losses else None
+
+
+def _last_events(path: Path, *names: str) -> list[dict[str, Any]]:
+    """The events of these names at the end of a metrics.jsonl, the latest last; none without one."""
     if not path.is_file():
-        return None
+        return []
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL))
         lines = file.read().decode("utf-8", errors="replace").splitlines()
-    losses = (_loss_of(line) for line in reversed(lines))
-    return next((loss for loss in losses if loss is not None), None)
+    return [event for line in lines if (event := _event(line)).get("event") in names]
 
 
-def _loss_of(line: str) -> float | None:
+def _event(line: str) -> dict[str, Any]:
     try:
         values = json.loads(line)
     except ValueError:  # The first line of the tail, or one that was torn when a machine went down.
-        return None
-    if not isinstance(values, dict) or values.get("event") not in ("epoch_done", "metrics"):
-        return None
-    loss = values.get("loss")
-    return loss if isinstance(loss, float) and math.isfinite(loss) else None
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _numbers(events: Iterable[Mapping[str, Any]], name: str) -> list[float]:
+    found = (event.get(name) for event in events)
+    return [float(value) for value in found if isinstance(value, float | int) and math.isfinite(value)]

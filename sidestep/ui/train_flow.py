@@ -20,6 +20,7 @@ from sidestep.ui.command_line import Plan
 from sidestep.ui.flow import Facts, Flow, depth_questions
 from sidestep.ui.machine import Gpu
 from sidestep.ui.model_questions import checkpoint_of, model_questions
+from sidestep.ui.outlook import what_it_takes
 from sidestep.ui.paths import (
     beside,
     count_tensors,
@@ -30,6 +31,7 @@ from sidestep.ui.paths import (
 )
 from sidestep.ui.preset_list import FRESH, preset_question
 from sidestep.ui.questions import Choice, Form, Question, question_of, typed_values
+from sidestep.ui.resume_flow import places_of_runs
 from sidestep.ui.session import Session
 from sidestep.ui.wording import count
 
@@ -79,7 +81,7 @@ def train_flow(
         title=f"Train a {_title(adapter_type)}" if adapter_type else "Train",
         questions=questions,
         plan=training_plan,
-        facts=training_facts,
+        facts=lambda form: training_facts(form, places=places_of_runs(session)),
         problem=_problem,
         preset=_save_preset,
     )
@@ -99,8 +101,8 @@ def layer(form: Form) -> Mapping[str, Any]:
     return read_preset(form["preset"]) if form["preset"] else {}
 
 
-def training_facts(form: Form) -> Facts:
-    """The recipe in a sentence, the preset, the songs and steps, and where things are written."""
+def training_facts(form: Form, *, places: Sequence[Path] = ()) -> Facts:
+    """The recipe in a sentence, the preset, what it takes, and where things are written; `places` hold earlier runs."""
     config = _config(form)
     checkpoint = checkpoint_of(form)
     rows: list[tuple[str, str]] = []
@@ -109,7 +111,10 @@ def training_facts(form: Form) -> Facts:
         rows.append(("Recipe", f"{recipe}; {_why(form, checkpoint.is_turbo)}"))
     if form["preset"]:
         rows.append(("Preset", form["preset"]))
-    rows.append(("Steps", _steps(form, config)))
+    steps, sum_ = _steps(form, config)
+    rows.append(("Steps", sum_))
+    if checkpoint:
+        rows += what_it_takes(config, checkpoint, steps=steps, places=places)
     if is_raw(form):
         rows.append(("First", f"the songs in {form['data']} become tensors in {form['tensor_output']}"))
     output = form["output_dir"]
@@ -279,15 +284,15 @@ def _why(form: Form, is_turbo: bool) -> str:
     return "as this model is used: in eight steps, without guidance" if is_turbo else "as this model was trained"
 
 
-def _steps(form: Form, config: TrainConfig) -> str:
+def _steps(form: Form, config: TrainConfig) -> tuple[int, str]:
     passes = config.batch_size * config.gradient_accumulation
     if config.max_steps:
-        return f"{config.max_steps}, by max steps"
+        return config.max_steps, f"{config.max_steps}, by max steps"
     songs = (len(find_audio(form["data"])) if is_raw(form) else count_tensors(form["data"])) * config.dataset_repeats
     each = -(-songs // passes)
     more = "; more where songs are longer than a window" if config.chunk_duration else ""
     sum_ = f"{count(songs, 'song')} / ({config.batch_size} x {config.gradient_accumulation}), {config.epochs} epochs"
-    return f"about {each * config.epochs} ({sum_}{more})"
+    return each * config.epochs, f"about {each * config.epochs} ({sum_}{more})"
 
 
 def _stem(folder: Path) -> str:

@@ -1,5 +1,6 @@
 """The wizard's way to a training run, driven by keys."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -309,6 +310,24 @@ def test_the_review_shows_what_differs_what_happens_and_the_command(stage: Stage
     assert "about 100 (4 songs / (1 x 4), 100 epochs)" in words
     assert "output/tensors_lora" in words
     assert f"--dataset-dir {data}" in screen.replace("\n", "")
+
+
+def test_time_and_memory_are_those_of_a_run_like_this_one(stage: Stage):
+    data = stage.tensors()
+    run = stage.run("old", epoch=10, dataset_dir=data)
+    steps = [{"event": "metrics", "step": step, "epoch": step, "steps_per_second": 0.5, "memory_gib": 6.25} for step in
+             (9, 10)]  # fmt: skip
+    events = [*steps, {"event": "epoch_done", "step": 10, "epoch": 10, "loss": 0.5}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+    forward = basic(data)
+    _, screen = stage.play(LORA, *forward[:3], down(1), *forward[4:], LEAVE)
+    words = " ".join(screen.split())
+    assert "Time about 3 min 20 s, at the pace of old" in words and "Memory 6.2 GiB of the device, as in old" in words
+    _, screen = stage.play(LORA, *forward[:3], down(1), *forward[4:6], typed("8"), *forward[7:], LEAVE)
+    words = " ".join(screen.split())
+    assert "Time not known before the first steps" in words and "on CUDA a step is measured" in words
+    _, screen = stage.play(down(5), ENTER, typed("40"), LEAVE)
+    assert "Time about 1 min 0 s more, at the pace it had" in " ".join(screen.split())
 
 
 def test_a_group_can_be_changed_in_the_review(stage: Stage):
