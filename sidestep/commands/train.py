@@ -23,7 +23,7 @@ from sidestep.config.settings import build, parse_values, settings_of
 from sidestep.config.train import TrainConfig
 from sidestep.data.audio import AUDIO_SUFFIXES
 from sidestep.data.dataset_file import load_dataset
-from sidestep.errors import ConfigError, DataError, RunError
+from sidestep.errors import ConfigError, DataError, ModelError, RunError
 from sidestep.events import Emit, Notice
 from sidestep.files import cannot_write, write_whole
 from sidestep.model.checkpoint import Checkpoint, check_encoders, find_checkpoint
@@ -161,10 +161,12 @@ def _set_newer_aside(config: TrainConfig, output_dir: Path, emit: Emit) -> None:
 
 
 def _check_folders(config: TrainConfig, dataset_dir: Path, output_dir: Path) -> None:
-    """Refuse, before torch is loaded, a dataset that is not there and an output folder that holds another run."""
+    """Refuse, before torch is loaded, what is not there, and an output folder that holds another run."""
     check_tensors(dataset_dir)
     if config.rank_map is not None:
         read_rank_map(config.rank_map)
+    if config.init_from is not None and config.resume_from is None and not config.init_from.exists():
+        raise ModelError(f"There is no adapter {config.init_from}: no such file or folder.")
     if config.resume_from is None and checkpoints_in(output_dir):
         raise ConfigError(
             f"{output_dir} holds a run already.",

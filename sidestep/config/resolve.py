@@ -51,7 +51,7 @@ def resolve_training(command: str, typed: Values, *, preset: str | None = None, 
 def _earlier_values(source: Path) -> dict[str, Any]:
     """Return what another run takes over from an earlier one: not where it went, not its preprocessing, which is done,
     and not what its recipe pinned."""
-    recipe, values = read_run_config(source)
+    recipe, values = read_run_config(source / RUN_CONFIG if source.is_dir() else source)
     return _without(values, {"output_dir", "run_name", "resume_from", "preprocess", *RECIPE_PINS[recipe]})
 
 

@@ -70,7 +70,8 @@ def _model(
     modules = target_names(layers, attention_type=config.attention_type, target_modules=config.target_modules)
     torch.manual_seed(config.seed)
     adapter = ADAPTERS[config.adapter_type](decoder, list(rank_map.ranks) if rank_map else modules, config)
-    if config.init_from:
+    # A run that goes on has its weights in its checkpoint; the adapter it once started from may be gone.
+    if config.init_from and config.resume_from is None:
         adapter.read(config.init_from)
     decoder.train()
     model = Model(

@@ -28,6 +28,7 @@ from tests.torch.tiny import (
     train,
     write_songs,
 )
+from tests.unit.test_start import start
 
 # Seven batches an epoch: an accumulation of 3 does not divide it.
 FRAMES = (40, 52, 64, 40, 71, 52, 40)
@@ -221,6 +222,27 @@ def test_another_adapter_is_an_error(tmp_path: Path, base: Checkpoint, changes: 
     with pytest.raises(ModelError, match="does not fit this adapter") as caught:
         prepare(tiny_config(resume_from=tmp_path / "run", **changes), base, songs, tmp_path / "run")
     assert sentence in caught.value.message
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_run_goes_on_without_the_adapter_it_once_started_from(tmp_path: Path, base: Checkpoint, kind: str):
+    songs = write_songs(tmp_path / "songs", base, (20, 20))
+    first = tmp_path / "first"
+    train(tiny_config(adapter_type=kind), base, songs, first)
+    config = tiny_config(adapter_type=kind, init_from=first / RUN_NAME)
+    whole = train(config, base, songs, tmp_path / "whole")
+    train(config, base, songs, tmp_path / "parts", stop_after=1)
+    first.rename(tmp_path / "moved")
+    resumed = train(replace(config, resume_from=tmp_path / "parts"), base, songs, tmp_path / "parts")
+    assert_identical(resumed.weights, whole.weights)
+
+
+def test_an_adapter_to_start_from_that_is_not_there_is_said_before_torch_is_loaded(tmp_path: Path, base: Checkpoint):
+    songs = write_songs(tmp_path / "songs", base, (20,))
+    flags = ["-c", str(base.root), "-M", "base", "-d", str(songs), "-o", str(tmp_path / "run")]
+    last, _, errors = start("fixed", *flags, "--init-from", "nowhere", home=tmp_path)
+    assert last == "1 []"
+    assert errors.startswith("Error: There is no adapter nowhere: no such file or folder.")
 
 
 def test_metrics_read_as_one_run(tmp_path: Path, base: Checkpoint):

@@ -189,3 +189,5 @@ def test_the_songs_of_an_earlier_run_are_not_preprocessed_again(tmp_path: Path):
     path.write_text(run_config_text(before, recipe="fixed", version="1", objective=""), encoding="utf-8")
     after = resolve_training("fixed", {**FOLDERS, "dataset_dir": "others"}, source=path).config
     assert not after.preprocess and after.dataset_dir == Path("others")
+    # The run's folder stands for its config.json.
+    assert resolve_training("fixed", {**FOLDERS, "dataset_dir": "others"}, source=tmp_path).config == after
