@@ -12,7 +12,7 @@ from sidestep.ui.flow import Facts
 from sidestep.ui.run_list import FoundRun, Pace, find_runs, pace_of
 from sidestep.ui.wording import duration
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 # What decides how long a step takes and what it needs. Two runs that agree in these go at the same pace here.
 DECISIVE = (
     "model_variant", "device", "precision", "adapter_type", "rank", "target_modules", "attention_type", "rank_map",
@@ -60,4 +60,6 @@ def _weights(config: TrainConfig, checkpoint: Checkpoint) -> str:
     except SidestepError:  # The run says what is wrong with the file.
         return ""
     bits = {"int8": 8, "nf4": 4}.get(config.quantize, 32 if config.precision == "fp32" else 16)
-    return f"{numbers * bits / 8 / GIB:.1f} GiB for the model's weights in {bits} bits; "
+    size = numbers * bits // 8
+    shown = f"{size / GIB:.1f} GiB" if size > GIB // 10 else f"{size / MIB:.1f} MiB"
+    return f"{shown} for the model's weights in {bits} bits; "
