@@ -7,7 +7,7 @@ from sidestep.commands.models import chosen_checkpoint
 from sidestep.config.adapter_tasks import SampleConfig
 from sidestep.errors import ConfigError
 from sidestep.exports.find import find_adapter
-from sidestep.listen.prompts import SamplePrompt, read_prompts
+from sidestep.listen.prompts import SamplePrompt, prompt_of_words, read_prompts
 from sidestep.model.checkpoint import check_encoders
 from sidestep.ui.console import Console
 from sidestep.ui.problems import quiet_libraries
@@ -55,14 +55,15 @@ def _prompts(config: SampleConfig) -> list[SamplePrompt]:
         raise ConfigError("Give either --prompt TEXT or --prompts FILE.")
     if config.prompts is not None:
         return read_prompts(config.prompts)
-    assert config.prompt is not None
-    return [
-        SamplePrompt(
-            caption=config.prompt,
-            lyrics=config.lyrics,
-            language=config.language,
-            bpm=config.bpm,
-            keyscale=config.keyscale,
-            timesignature=config.timesignature,
-        )
-    ]
+    words = {
+        "caption": config.prompt,
+        "lyrics": config.lyrics,
+        "language": config.language,
+        "bpm": config.bpm,
+        "keyscale": config.keyscale,
+        "timesignature": config.timesignature,
+    }
+    try:
+        return [prompt_of_words(words)]
+    except ValueError as error:
+        raise ConfigError(f"The prompt cannot be used: {error}.") from error

@@ -1,12 +1,14 @@
 """What is sung in samples: prompts from a file, or from the songs that are trained on. Loads no torch."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sidestep.data.fields import INSTRUMENTAL, UNKNOWN_LANGUAGE
+from sidestep.config.adapter_tasks import SampleConfig
+from sidestep.config.settings import settings_of
+from sidestep.data.fields import INSTRUMENTAL, UNKNOWN_LANGUAGE, parse_keyscale, parse_language, parse_timesignature
 from sidestep.errors import DataError
 
 _CAPTION_MARK, _AFTER_CAPTION = "# Caption\n", "\n\n# Metas\n"
@@ -44,7 +46,7 @@ def read_prompts(path: Path) -> list[SamplePrompt]:
     else:
         try:
             content = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path} is not valid JSON: {error}.") from error
         entries = content if isinstance(content, list) else [content]
         prompts = [_prompt(path, number, entry) for number, entry in enumerate(entries, start=1)]
@@ -55,22 +57,60 @@ def read_prompts(path: Path) -> list[SamplePrompt]:
 
 def _prompt(path: Path, number: int, entry: object) -> SamplePrompt:
     where = f"Prompt {number} of {path}"
-    if isinstance(entry, str):
-        return SamplePrompt(caption=entry)
-    if not isinstance(entry, dict):
+    values = {"caption": entry} if isinstance(entry, str) else entry
+    if not isinstance(values, dict):
         raise DataError(f"{where} is neither text nor an object.")
-    names = {field.name for field in fields(SamplePrompt)}
-    unknown = sorted(set(entry) - names)
+    unknown = sorted(set(values) - set(_READ))
     if unknown:
-        raise DataError(f"{where} has no field {unknown[0]!r}.", hint=f"Fields are {', '.join(sorted(names))}.")
-    values = {name: value for name, value in entry.items() if value is not None}
-    for name, value in values.items():
-        wanted = {"bpm": int, "seed": int, "duration": (int, float)}.get(name, str)
-        if not isinstance(value, wanted) or isinstance(value, bool):
-            raise DataError(f"{where}: {name} cannot be {value!r}.")
-    if values.get("duration", 1) <= 0 or values.get("seed", 0) < 0 or "caption" not in values:
-        raise DataError(f"{where} needs a caption; a duration is above 0 and a seed not below.")
-    return SamplePrompt(**values)
+        raise DataError(f"{where} has no field {unknown[0]!r}.", hint=f"Fields are {', '.join(sorted(_READ))}.")
+    if not values.get("caption"):
+        raise DataError(f"{where} needs a caption.")
+    try:
+        return prompt_of_words(values)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}.") from error
+
+
+def prompt_of_words(values: Mapping[str, object]) -> SamplePrompt:
+    """Return the prompt that somebody wrote, keys and signatures in the model's words; ValueError says the rule."""
+    return SamplePrompt(**{name: _READ[name](name, value) for name, value in values.items() if value is not None})
+
+
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} cannot be {value!r}, it is text")
+    if name == "caption" and not value.strip():
+        raise ValueError("a caption cannot be blank")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} holds half a character ({value!r})") from None
+    return value
+
+
+def _music(name: str, value: object) -> str:
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise ValueError(f"{name} cannot be {value!r}, it is text")
+    return _MUSIC[name](_text(name, str(value)))
+
+
+def _number(name: str, value: object) -> int | float:
+    setting = _NUMBERS[name]
+    assert setting.within is not None
+    kinds = (int,) if setting.kind is int else (int, float)
+    if not isinstance(value, kinds) or isinstance(value, bool) or not setting.within.contains(value):
+        raise ValueError(f"{name} cannot be {value!r}, it is {setting.rule}")
+    return value
+
+
+_MUSIC = {"language": parse_language, "keyscale": parse_keyscale, "timesignature": parse_timesignature}
+_NUMBERS = {s.name: s for s in settings_of(SampleConfig) if s.name in ("bpm", "duration", "seed")}
+_READ: Mapping[str, Callable[[str, object], Any]] = {
+    "caption": _text,
+    "lyrics": _text,
+    **dict.fromkeys(_MUSIC, _music),
+    **dict.fromkeys(_NUMBERS, _number),
+}
 
 
 def prompt_of_song(metadata: Mapping[str, Any]) -> SamplePrompt:

@@ -20,6 +20,15 @@ def write_flac(path: Path, audio: np.ndarray) -> None:
     write_whole(path, buffer.getvalue())
 
 
+def free_path(path: Path) -> Path:
+    """Return the path, or the first of path_2, path_3, ... that does not exist yet."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.stem}_{number}{path.suffix}")
+    return free
+
+
 def file_stem(text: str, *, longest: int = 40) -> str:
     """Return letters and digits of a text, joined by dashes, for the name of a file."""
     return re.sub(r"[^\w]+", "-", text, flags=re.UNICODE).strip("-_")[:longest].rstrip("-_") or "sample"

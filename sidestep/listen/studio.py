@@ -13,7 +13,7 @@ from sidestep.listen.attach import Attached
 from sidestep.listen.conditions import Wording, encode_prompts
 from sidestep.listen.prompts import SamplePrompt
 from sidestep.listen.render import Renderer, Sampling
-from sidestep.listen.sound import file_stem, write_flac
+from sidestep.listen.sound import file_stem, free_path, write_flac
 from sidestep.model.checkpoint import Checkpoint
 from sidestep.model.loading import load_decoder
 
@@ -47,12 +47,13 @@ class Studio:
         self.renderer = Renderer(checkpoint, decoder, seconds=longest, device=device, dtype=dtype)
 
     def render_all(self, strengths: Sequence[float], *, folder: Path) -> Iterator[Path]:
-        """Write each prompt at each strength as a FLAC file and yield its path."""
+        """Write each prompt at each strength as a FLAC file of its own and yield its path; nothing is overwritten."""
         for wording in self.wordings:
             for strength in strengths:
                 if self.attached:
                     self.attached.strength = strength
-                path = folder / f"{file_stem(wording.prompt.caption)}_seed{wording.seed}_x{strength:g}.flac"
+                name = f"{file_stem(wording.prompt.caption)}_seed{wording.seed}_x{strength:g}.flac"
+                path = free_path(folder / name)
                 write_flac(path, self._render(wording))
                 yield path
 

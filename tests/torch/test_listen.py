@@ -149,14 +149,27 @@ def test_sample_writes_a_file_for_each_strength(tmp_path: Path, base: Checkpoint
     assert np.abs(sounds[0][0] - sounds[1][0]).max() > 1e-3 < np.abs(sounds[1][0] - sounds[2][0]).max()
 
 
+def test_sample_overwrites_nothing(tmp_path: Path, base: Checkpoint):
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text('[{"caption": "x", "seed": 1}, {"caption": "x!", "seed": 1, "lyrics": "la la"}]')
+    words = ["sample", "-c", str(base.root), "-M", "base", "--prompts", str(prompts), "--duration", "1", "--steps", "2"]
+    assert main([*words, "--plain", "--device", "cpu", "--output", str(tmp_path / "out")]) == 0
+    first, second = (soundfile.read(tmp_path / "out" / f"x_seed1_x0{end}.flac")[0] for end in ("", "_2"))
+    assert np.abs(first - second).max() > 1e-3
+
+
 def test_sample_refuses_what_cannot_be_meant(tmp_path: Path, turbo: Checkpoint, capsys: pytest.CaptureFixture[str]):
     model = ["-c", str(turbo.root), "-M", "turbo", "--plain"]
     assert main(["sample", *model]) == 2
     assert main(["sample", *model, "--prompt", "x", "--guidance", "7"]) == 2
+    assert main(["sample", *model, "--prompt", " "]) == 2
+    assert main(["sample", *model, "--prompt", "x", "--seed", str(2**64)]) == 2
     assert main(["sample", *model, "--prompt", "x", "--adapter", str(tmp_path / "no")]) == 1
     shown = capsys.readouterr().err
     assert "Give either --prompt TEXT or --prompts FILE." in shown
     assert "--guidance has no effect on turbo" in shown
+    assert "a caption cannot be blank" in shown
+    assert "--seed takes a whole number from 0 to" in shown
     assert "There is no adapter" in shown
 
 

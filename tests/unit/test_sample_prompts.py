@@ -31,9 +31,20 @@ def test_json_says_as_much_as_it_likes(tmp_path: Path):
         ("{", "not valid JSON"),
         ("[1]", "neither text nor an object"),
         ('[{"caption": "x", "tempo": 3}]', "no field 'tempo'"),
-        ('[{"caption": "x", "bpm": "fast"}]', "bpm cannot be 'fast'"),
+        ('[{"caption": "x", "bpm": "fast"}]', "bpm cannot be 'fast', it is a whole number from 30 to 300"),
+        ('[{"caption": "x", "bpm": -5}]', "bpm cannot be -5"),
+        ('[{"caption": "  "}]', "a caption cannot be blank"),
+        ('[""]', "needs a caption"),
+        ('[{"caption": "\\ud800 x"}]', "caption holds half a character"),
+        ('[{"caption": "x", "keyscale": ["C"]}]', "keyscale cannot be"),
+        ('[{"caption": "x", "duration": NaN}]', "duration cannot be nan, it is a number from 1 to 600"),
+        ('[{"caption": "x", "duration": Infinity}]', "duration cannot be inf"),
+        ('[{"caption": "x", "duration": 1e9}]', "duration cannot be 1000000000.0"),
+        ('[{"caption": "x", "seed": -1}]', "seed cannot be -1"),
+        ('[{"caption": "x", "seed": 99999999999999999999999}]', "seed cannot be 9999"),
+        ("[" * 100_000, "not valid JSON"),
         ('[{"lyrics": "la"}]', "needs a caption"),
-        ('[{"caption": "x", "duration": 0}]', "needs a caption; a duration is above 0"),
+        ('[{"caption": "x", "duration": 0}]', "duration cannot be 0"),
         ('[{"caption": "x", "seed": true}]', "seed cannot be True"),
     ],
 )
@@ -42,6 +53,12 @@ def test_what_no_prompt_has_is_an_error(tmp_path: Path, text: str, sentence: str
     path.write_text(text)
     with pytest.raises(DataError, match=sentence):
         read_prompts(path)
+
+
+def test_keys_and_signatures_become_the_models_words(tmp_path: Path):
+    path = tmp_path / "prompts.json"
+    path.write_text('{"caption": "x", "keyscale": "Am", "timesignature": 4, "language": "English", "bpm": null}')
+    assert read_prompts(path) == [SamplePrompt(caption="x", keyscale="A minor", timesignature="4", language="en")]
 
 
 def test_a_missing_file_is_an_error(tmp_path: Path):
