@@ -22,7 +22,7 @@ _READERS = {
 def run(config: ExportConfig, *, console: Console) -> int:
     """Export, and print how well the result means the same; returns the exit code."""
     if config.to == "merged" and config.rank is not None:
-        raise ConfigError(f"--rank has no effect here: {idle_settings(config, {'rank': config.rank})[0]}")
+        raise ConfigError(idle_settings(config, {"rank": config.rank})[0])
     file = find_adapter(config.adapter)
     if config.output.exists() and (not config.output.is_dir() or any(config.output.iterdir())):
         raise ConfigError(f"{config.output} holds something already.", hint="Name a new folder with --output.")
@@ -50,6 +50,8 @@ def run(config: ExportConfig, *, console: Console) -> int:
         rows.append(("converted", f"{done.kind} as LoRA of rank {done.rank}: this loses {cost}"))
     if config.to == "merged" and not config.output.name.startswith("acestep-v15-"):
         rows.append(("name", "ACE-Step's app lists only folders whose name begins with acestep-v15-"))
+    if config.to == "merged" and checkpoint.is_turbo and "merge" in config.output.name.lower():
+        rows.append(("name", "ACE-Step's app takes a folder with merge in its name for no turbo model: rename it"))
     rows.append(("use it", _READERS[config.to].format(path=str(config.output))))
     console.table(f"Exported to {config.output} in {time.monotonic() - started:.0f} s", rows)
     return 0

@@ -81,7 +81,7 @@ def export(
         target.write(folder, content, base)
         found.append(_prove(folder, source, content, base, target, target_name, converted, conversion))
 
-    write_folder(output, fill)
+    write_folder(output, fill, then="run it again")
     return found[0]
 
 

@@ -156,12 +156,13 @@ def _lycoris_scale(group: Group, ranked: str) -> float:
 def _scale_rule(file: Path, header: Mapping[str, str]) -> Scale:
     """Return how the scale of a LoRA without `.alpha` tensors follows from its module and rank."""
     if file.name == PEFT_FILE and (file.parent / PEFT_CONFIG).is_file():
-        settings = _json(file.parent / PEFT_CONFIG, (file.parent / PEFT_CONFIG).read_text(encoding="utf-8"))
-        return lambda module, rank: _stated_scale(settings, module, rank)
+        path = file.parent / PEFT_CONFIG
+        settings = _json(path, path.read_text(encoding="utf-8", errors="replace"))
+        return lambda module, rank: _stated_scale(path, settings, module, rank)
     if DIFFUSERS_HEADER in header:
         stated = _json(file, header[DIFFUSERS_HEADER])
         settings = {key.removeprefix(DIFFUSERS_PREFIX): value for key, value in stated.items()}
-        return lambda module, rank: _stated_scale(settings, to_diffusers(module), rank)
+        return lambda module, rank: _stated_scale(file, settings, to_diffusers(module), rank)
     return lambda module, rank: 1.0
 
 
@@ -175,13 +176,18 @@ def _json(file: Path, text: str) -> dict[str, Any]:
     return content
 
 
-def _stated_scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
+def _stated_scale(stated_in: Path, settings: Mapping[str, Any], module: str, rank: int) -> float:
     """Return alpha / r as PEFT applies it; its patterns match the end of a module's name."""
     alpha = settings.get("lora_alpha", rank)
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = value
-            break
+    try:
+        for pattern, value in (settings.get("alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                alpha = value
+                break
+    except (AttributeError, re.error) as error:
+        raise ModelError(f"{stated_in} has an alpha_pattern that cannot be read: {error}.") from error
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise ModelError(f"{stated_in} states {alpha!r} as the alpha of {module}, which is no number.")
     return alpha / rank**0.5 if settings.get("use_rslora") else alpha / rank
 
 

@@ -94,10 +94,11 @@ def newest_good(candidates: list[Path]) -> tuple[Path, Snapshot, list[ModelError
     raise problems[0]
 
 
-def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
+def write_folder(target: Path, fill: Callable[[Path], None], *, then: str = "resume from the last checkpoint") -> None:
     """Write a folder whole or not at all: filled under a temporary name beside it, flushed, then renamed.
 
-    RunError when the disk is full or the folder cannot be written; what was there before stays.
+    RunError, which ends with what to do `then`, when the disk is full or the folder cannot be written; what was there
+    before stays.
     """
     temporary = target.with_name(f".{target.name}.writing")
     try:
@@ -114,7 +115,7 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
             raise
         raise RunError(
             f"{target} could not be written: {reason}.",
-            hint="Free some disk space, or check that the folder may be written, then resume from the last checkpoint.",
+            hint=f"Free some disk space, or check that the folder may be written, then {then}.",
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

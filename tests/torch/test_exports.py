@@ -1,5 +1,6 @@
 """An exported adapter does to the weights what the trained one does, wherever it is loaded."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sidestep.errors import ConfigError, ModelError
+from sidestep.errors import ConfigError, ModelError, RunError
 from sidestep.exports import acestep_cpp
 from sidestep.exports.base import BaseWeights
 from sidestep.exports.run import export
@@ -304,6 +305,23 @@ def test_files_of_other_programs_are_read_at_their_own_scale(tmp_path: Path, bas
         assert_same(changes_of(path, base), {module: wanted * scale}, limit=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (b'{"r": 4, "lora_alpha": "8"}', "states '8' as the alpha"),
+        (b'{"r": 4, "lora_alpha": null}', "states None as the alpha"),
+        (b'{"r": 4, "alpha_pattern": {"(": 3}}', "an alpha_pattern that cannot be read"),
+        (b'{"r": 4, "alpha_pattern": [3]}', "an alpha_pattern that cannot be read"),
+        (b'{"r": "\xe9', "is not valid JSON"),
+    ],
+)
+def test_a_damaged_config_beside_an_adapter_is_named(tmp_path: Path, base: Checkpoint, config: bytes, said: str):
+    trained(tmp_path / "run", base, **SETTINGS["lora"])
+    (tmp_path / "run/adapter_config.json").write_bytes(config)
+    with pytest.raises(ModelError, match=rf"adapter_config\.json .*{re.escape(said)}"):
+        read_adapter(tmp_path / "run", BaseWeights(base))
+
+
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path, base: Checkpoint):
     from sidestep.demo.checkpoint import build_toy_checkpoint
 
@@ -334,6 +352,14 @@ def test_a_folder_that_holds_something_is_never_touched(tmp_path: Path, base: Ch
     with pytest.raises(ConfigError, match="holds something already"):
         export(tmp_path / "run", base, target_name="comfyui", output=tmp_path / "loras")
     assert (tmp_path / "loras" / "mine.safetensors").read_text() == "precious"
+
+
+def test_an_export_that_cannot_be_written_says_so(tmp_path: Path, base: Checkpoint):
+    trained(tmp_path / "run", base, **SETTINGS["lora"])
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RunError, match="could not be written") as raised:
+        export(tmp_path / "run", base, target_name="peft", output=tmp_path / "file" / "out")
+    assert raised.value.hint.endswith("then run it again.")
 
 
 def test_biases_go_where_they_are_read(tmp_path: Path, base: Checkpoint):

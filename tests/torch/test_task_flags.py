@@ -149,6 +149,15 @@ def test_an_export_has_the_rank_that_was_typed(tmp_path: Path, models: Checkpoin
     assert export(models, adapter, tmp_path / "other", "--to", "merged", "--rank", 3) == 2
 
 
+def test_a_name_that_hides_a_merged_turbo_is_pointed_out(
+    tmp_path: Path, models: Checkpoint, adapter: Path, capsys: pytest.CaptureFixture[str]
+):
+    for variant, is_hidden in (("turbo", True), ("base", False)):
+        output = tmp_path / variant / "acestep-v15-Merged"
+        assert export(models, adapter, output, "--to", "merged", "-M", variant) == 0
+        assert ("rename it" in capsys.readouterr().out) is is_hidden
+
+
 def test_an_export_reads_the_model_that_was_typed(
     tmp_path: Path, models: Checkpoint, adapter: Path, capsys: pytest.CaptureFixture[str]
 ):
