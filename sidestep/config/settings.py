@@ -69,6 +69,9 @@ class When:
         return values[self.setting] in self.values
 
     def __str__(self) -> str:
+        numbers = [value for value in self.values if type(value) is int]
+        if len(numbers) == len(self.values) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+            return f"only with {flag_of(self.setting)} from {numbers[0]} to {numbers[-1]}"
         shown = " or ".join(show_value(value) for value in self.values)
         return f"only with {flag_of(self.setting)} {shown}"
 

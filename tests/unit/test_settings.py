@@ -85,3 +85,8 @@ def test_a_setting_given_without_effect_is_said():
 
 def test_settings_keep_the_order_of_their_declaration():
     assert [setting.name for setting in settings_of(Oven)] == list(Oven.__dataclass_fields__)
+
+
+def test_a_condition_of_many_numbers_is_said_in_a_line():
+    assert str(When("num_workers", tuple(range(1, 257)))) == "only with --num-workers from 1 to 256"
+    assert str(When("num_workers", (1, 2, 4))) == "only with --num-workers 1 or 2 or 4"
