@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soundfile
 
 from sidestep.config.rank_map import RankMap
 from sidestep.config.settings import show_value
@@ -56,10 +57,14 @@ class ReportPage:
         write_whole(path, filled((_TEMPLATE / "report.html").read_text(encoding="utf-8"), words))
         return path
 
-    def _sound(self, path: Path) -> tuple[str, str, float]:
+    def _sound(self, path: Path) -> tuple[str, str, float] | None:
+        """Return what the page holds of a file; None of one that is damaged."""
         key = path, path.stat().st_mtime_ns
         if key not in self._sounds:
-            self._sounds[key] = sound_and_picture(path)
+            try:
+                self._sounds[key] = sound_and_picture(path)
+            except soundfile.LibsndfileError:
+                return None
         return self._sounds[key]
 
 
@@ -99,7 +104,7 @@ def _prompt(
     shown = [*base, *_chosen(epochs)]
     if not shown:
         return ""
-    versions = "".join(_version(entry, *sound(folder / entry["file"])) for entry in shown)
+    versions = "".join(_version(entry, *heard) for entry in shown if (heard := sound(folder / entry["file"])))
     words = [f"{prompt['bpm']} bpm"] if prompt.get("bpm") else []
     known = (prompt.get("keyscale"), prompt.get("language"))
     words += [str(word) for word in known if word and word != UNKNOWN_LANGUAGE]

@@ -1,6 +1,7 @@
 """What a run's output folder tells: its curves, samples, settings and rank map. Loads no torch."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,7 +88,7 @@ def _take(story: Story, line: Mapping[str, Any]) -> None:
 
 
 def _add(story: Story, name: str, step: float, value: float | None) -> None:
-    if value is not None:
+    if value is not None and math.isfinite(value):
         story.curves.setdefault(name, []).append((step, value))
 
 

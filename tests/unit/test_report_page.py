@@ -223,6 +223,23 @@ def test_settings_are_compared_with_their_defaults():
     assert changed_settings(settings) == {"--rank": 16}
 
 
+def test_numbers_that_are_not_finite_are_left_out(tmp_path: Path):
+    write_run(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('\n{"event": "metrics", "step": 31, "epoch": 4, "loss": NaN, "lr": 1e-4, "grad_norm": Infinity}\n')
+    page, _ = page_of(tmp_path)
+    assert "NaN" not in page.split("<main>")[1].split("</main>")[0]
+    assert read_story(tmp_path).curves["loss"][-1] == (30, 1 / 30)
+
+
+def test_a_damaged_sound_is_left_out(tmp_path: Path):
+    write_run(tmp_path, epochs=2)
+    damaged = sorted((tmp_path / "samples").rglob("*.flac"))[0]
+    damaged.write_bytes(b"fLaC")
+    _, parsed = page_of(tmp_path)
+    assert len(parsed.all_of("audio")) == 2
+
+
 def test_a_torn_file_is_left_out(tmp_path: Path):
     folder = write_run(tmp_path / "run")
     (folder / "samples" / "samples.json").write_text('{"prompts": [')
