@@ -3,6 +3,7 @@
 Everything that can be checked without torch is checked before the door to it opens.
 """
 
+import shlex
 import tempfile
 import time
 from collections.abc import Mapping
@@ -18,13 +19,13 @@ from sidestep.config.presets import save_preset
 from sidestep.config.rank_map import read_rank_map
 from sidestep.config.recipe import RECIPE_PINS
 from sidestep.config.resolve import resolve_training
-from sidestep.config.runs import RUN_CONFIG, checkpoints_in, run_of, set_aside_newer
+from sidestep.config.runs import RUN_CONFIG, check_adapter_folders, checkpoints_in, run_of, set_aside_newer
 from sidestep.config.settings import build, parse_values, settings_of
 from sidestep.config.train import TrainConfig
 from sidestep.data.audio import AUDIO_SUFFIXES
 from sidestep.data.dataset_file import load_dataset
 from sidestep.errors import ConfigError, DataError, ModelError, RunError
-from sidestep.events import Emit, Notice
+from sidestep.events import Emit, Event, Notice, TrackSkipped
 from sidestep.files import cannot_write, write_whole
 from sidestep.model.checkpoint import Checkpoint, check_encoders, find_checkpoint
 from sidestep.ui.console import Console, open_console
@@ -54,6 +55,10 @@ def run(command: str, values: Mapping[str, Any], *, screen: GlobalConfig, rememb
     checkpoint = _checkpoint(config)
     if remembers and config.checkpoint_dir is not None:
         _remember(config.checkpoint_dir, console)
+    if config.output_dir is not None:
+        run_name = config.run_name or f"{config.adapter_type}_{time.strftime('%Y%m%d_%H%M%S')}"
+        _check_output(config.output_dir, run_name, goes_on=config.resume_from is not None)
+        config = replace(config, run_name=run_name)
     skipped = 0
     if config.preprocess:
         skipped = _preprocess(config, checkpoint, console)
@@ -86,8 +91,14 @@ def _preprocess(config: TrainConfig, checkpoint: Checkpoint, console: Console) -
     audio_dir = config.audio_dir or (config.dataset_json or Path()).parent
     quiet_libraries()
     open_log(output / LOG_NAME)
+    skipped: list[str] = []  # While the songs are looked for, and later on.
+
+    def count(event: Event) -> None:
+        if isinstance(event, TrackSkipped):
+            skipped.append(event.name)
+
     with open_screen(console) as show:
-        emit = combine(show, write_log)
+        emit = combine(show, write_log, count)
         dataset = load_dataset(audio_dir, config.dataset_json, emit=emit)
         from sidestep.model.device import choose_device, choose_dtype
         from sidestep.preprocess.run import preprocess
@@ -106,16 +117,17 @@ def _preprocess(config: TrainConfig, checkpoint: Checkpoint, console: Console) -
             dtype=choose_dtype(config.precision, device),
             emit=emit,
         )
-    console.print(f"{result.done} songs encoded, {result.unchanged} unchanged, {result.skipped} skipped: {output}")
-    return result.skipped
+    console.print(f"{result.done} songs encoded, {result.unchanged} unchanged, {len(skipped)} skipped: {output}")
+    return len(skipped)
 
 
 def _train(command: str, config: TrainConfig, checkpoint: Checkpoint, output_dir: Path, console: Console) -> int:
     dataset_dir = config.tensor_output if config.preprocess else config.dataset_dir
     assert dataset_dir is not None  # Checked when the config was resolved.
-    _check_folders(config, dataset_dir, output_dir)
-    run_name = config.run_name or f"{config.adapter_type}_{time.strftime('%Y%m%d_%H%M%S')}"
-    config = replace(config, run_name=run_name, dataset_dir=dataset_dir, checkpoint_dir=checkpoint.root)
+    run_name = config.run_name
+    assert run_name is not None  # Chosen before preprocessing.
+    _check_dataset(config, dataset_dir)
+    config = replace(config, dataset_dir=dataset_dir, checkpoint_dir=checkpoint.root)
     quiet_libraries()
     open_log(writable_folder(output_dir) / LOG_NAME)
     with ExitStack() as stack:
@@ -160,34 +172,34 @@ def _set_newer_aside(config: TrainConfig, output_dir: Path, emit: Emit) -> None:
         emit(Notice(text=f"A newer checkpoint of this run is kept as {folder.name}."))
 
 
-def _check_folders(config: TrainConfig, dataset_dir: Path, output_dir: Path) -> None:
-    """Refuse, before torch is loaded, what is not there, and an output folder that holds another run."""
+def _check_dataset(config: TrainConfig, dataset_dir: Path) -> None:
+    """Refuse, before torch is loaded, a dataset, a rank map or an adapter that is not there."""
     check_tensors(dataset_dir)
     if config.rank_map is not None:
         read_rank_map(config.rank_map)
     if config.init_from is not None and config.resume_from is None and not config.init_from.exists():
         raise ModelError(f"There is no adapter {config.init_from}: no such file or folder.")
-    if config.resume_from is None and checkpoints_in(output_dir):
+
+
+def _check_output(output_dir: Path, run_name: str, *, goes_on: bool) -> None:
+    """Refuse, before anything is made, an output folder whose contents this run would replace."""
+    if not goes_on and checkpoints_in(output_dir):
         raise ConfigError(
             f"{output_dir} holds a run already.",
-            hint=f"Go on with it: --resume-from {output_dir}; or choose another --output-dir.",
+            hint=f"Go on with it: --resume-from {shlex.quote(str(output_dir))}; or choose another --output-dir.",
         )
+    check_adapter_folders(output_dir, run_name, goes_on=goes_on)
 
 
 def check_tensors(dataset_dir: Path) -> None:
     """Raise DataError unless the folder is there and holds tensor files."""
+    how = "Make them: train.py fixed --preprocess --audio-dir SONGS --tensor-output TENSORS"
     if not dataset_dir.is_dir():
-        raise DataError(
-            f"There is no folder {dataset_dir} with tensors.",
-            hint="Make them: train.py fixed --preprocess --audio-dir SONGS --tensor-output TENSORS",
-        )
+        raise DataError(f"There is no folder {dataset_dir} with tensors.", hint=how)
     if not any(dataset_dir.glob("*.pt")):
-        audio = (
-            f" It holds audio: preprocess it with --preprocess --audio-dir {dataset_dir}"
-            if _has_audio(dataset_dir)
-            else ""
-        )
-        raise DataError(f"There are no tensor files (.pt) in {dataset_dir}.", hint=audio.strip())
+        if _has_audio(dataset_dir):
+            how = f"It holds audio: preprocess it with --preprocess --audio-dir {shlex.quote(str(dataset_dir))}"
+        raise DataError(f"There are no tensor files (.pt) in {dataset_dir}.", hint=how)
 
 
 def _has_audio(folder: Path) -> bool:

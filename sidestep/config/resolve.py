@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from sidestep.config.presets import read_preset, read_run_config
-from sidestep.config.recipe import RECIPE_PINS
-from sidestep.config.runs import RUN_CONFIG, resume_candidates, run_of
+from sidestep.config.recipe import RECIPE_PINS, learning_rate_of
+from sidestep.config.runs import LONGEST_NAME, RESERVED_NAMES, RUN_CONFIG, resume_candidates, run_of
 from sidestep.config.settings import (
+    Setting,
     Values,
     build,
     flag_of,
@@ -79,12 +80,8 @@ def contradictions(config: TrainConfig, given: Values) -> list[str]:
         problems.append("--lokr-factor takes -1 (the most square one) or a whole number from 1.")
     if 0 < config.chunk_duration < 1:
         problems.append("--chunk-duration takes 0 (whole songs) or at least 1 second.")
-    if config.run_name is not None and (
-        not config.run_name.strip() or set(config.run_name) & set('./\\:*?"<>|') or not config.run_name.isprintable()
-    ):
-        problems.append(
-            f"--run-name {config.run_name} cannot name an adapter: other programs refuse dots and separators."
-        )
+    if config.run_name is not None and (why := _unfit_name(config.run_name)):
+        problems.append(f"--run-name {config.run_name} cannot name an adapter: {why}.")
     if config.preprocess and (
         (config.audio_dir is None and config.dataset_json is None) or config.tensor_output is None
     ):
@@ -96,6 +93,17 @@ def contradictions(config: TrainConfig, given: Values) -> list[str]:
             if getattr(config, name) is None
         ]
     return problems
+
+
+def _unfit_name(name: str) -> str:
+    """Say why this cannot be the name of an adapter's folder; empty when it can."""
+    if not name.strip() or set(name) & set('./\\:*?"<>|') or not name.isprintable():
+        return "other programs refuse dots and separators"
+    if name.lower() in RESERVED_NAMES:
+        return "the run keeps other files in a folder of that name"
+    if len(name.encode()) > LONGEST_NAME:
+        return f"it is longer than {LONGEST_NAME} bytes"
+    return ""
 
 
 def _resumed_values(command: str, path: Path) -> dict[str, Any]:
@@ -119,17 +127,25 @@ def _newest_readable(checkpoints: list[Path]) -> tuple[Path, tuple[str, dict[str
 
 
 def _refuse_changes(resumed: Values, chosen: Values) -> None:
+    """Raise ConfigError for a setting that would change what the run computes; its own value, typed, is no change."""
+    before = dict(resumed)
+    if resumed and resumed["learning_rate"] is None:
+        before["learning_rate"] = learning_rate_of(build(TrainConfig, resumed))
     problems = [
-        f"{setting.flag} was {show_value(resumed[setting.name])} in that run and cannot become "
+        f"{setting.flag} was {_shown(setting, before[setting.name])} in that run and cannot become "
         f"{show_value(chosen[setting.name])} when it goes on."
         for setting in settings_of(TrainConfig)
         if setting.on_resume == "fixed"
         and setting.name in chosen
-        and setting.name in resumed
-        and chosen[setting.name] != resumed[setting.name]
+        and setting.name in before
+        and chosen[setting.name] != before[setting.name]
     ]
     if problems:
         raise ConfigError("\n".join(problems), hint="Leave these flags out, or start a new run with --init-from.")
+
+
+def _shown(setting: Setting, value: object) -> str:
+    return f"left at its default ({setting.shown_default})" if value is None else show_value(value)
 
 
 def _help(name: str) -> str:

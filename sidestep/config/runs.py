@@ -4,11 +4,18 @@ import re
 from itertools import count, takewhile
 from pathlib import Path
 
-from sidestep.errors import ModelError
+from sidestep.errors import ConfigError, ModelError
 
 CHECKPOINTS = "checkpoints"
 RUN_CONFIG = "config.json"
 STATE_FILE = "training_state.pt"
+LORA_FILE = "adapter_model.safetensors"
+LORA_CONFIG = "adapter_config.json"
+LOKR_FILE = "lokr_weights.safetensors"
+LOHA_FILE = "loha_weights.safetensors"
+# Folders of a run that an adapter cannot be called, in any case: some file systems do not tell them apart.
+RESERVED_NAMES = frozenset({CHECKPOINTS, "runs", "samples"})
+LONGEST_NAME = 200  # bytes; a file system takes 255, and a folder is written under a longer, temporary name
 _EPOCH = re.compile(r"epoch_(\d+)(?:_step_(\d+))?")
 
 
@@ -61,3 +68,19 @@ def set_aside_newer(run: Path, checkpoint: Path) -> list[Path]:
 def run_of(checkpoint: Path) -> Path:
     """Return the output folder of the run that a checkpoint folder belongs to."""
     return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else checkpoint
+
+
+def check_adapter_folders(run: Path, name: str, *, goes_on: bool) -> None:
+    """Raise ConfigError where an adapter called `name` would replace what is in the run's folder already.
+
+    A run that `goes_on` may replace its adapter, and nothing else.
+    """
+    for folder in (run / f"{name}{ending}" for ending in ("", "_best", "_ema")):
+        is_adapter = any((folder / file).is_file() for file in (LORA_CONFIG, LOKR_FILE, LOHA_FILE))
+        is_taken = any(folder.iterdir()) if folder.is_dir() else folder.exists() or folder.is_symlink()
+        if is_taken and not (goes_on and is_adapter):
+            what = "an adapter is there already" if is_adapter else "something else is there"
+            raise ConfigError(
+                f"{folder} cannot become the adapter's folder: {what}.",
+                hint="Choose another --run-name or --output-dir.",
+            )

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 
 from sidestep.config.rank_map import RankMap, read_rank_map, write_rank_map
-from sidestep.config.runs import CHECKPOINTS
+from sidestep.config.runs import CHECKPOINTS, LORA_CONFIG
 from sidestep.config.tasks import EstimateConfig
 from sidestep.errors import DataError, ModelError
 from sidestep.estimate.run import estimate
@@ -18,7 +18,6 @@ from sidestep.estimate.verify import verify
 from sidestep.events import Event, Notice
 from sidestep.model.checkpoint import Checkpoint
 from sidestep.model.loading import load_decoder
-from sidestep.training.adapters.lora import CONFIG_FILE
 from sidestep.training.directions import read_directions, write_directions
 from tests.torch.tiny import RUN_NAME, adapter_tensors, assert_identical, prepare, tiny_config, train, write_songs
 
@@ -167,7 +166,7 @@ def test_what_is_written_has_one_rank_and_the_same_effect(
 ):
     result = trained(rank_map, songs, base, tmp_path / "out", dropout=0.0)
     folder = tmp_path / "out" / RUN_NAME
-    about, saved = json.loads((folder / CONFIG_FILE).read_text()), adapter_tensors(folder)
+    about, saved = json.loads((folder / LORA_CONFIG).read_text()), adapter_tensors(folder)
     ranks = read_rank_map(rank_map).ranks
     uniform = max(ranks.values())
     assert about["r"] == about["lora_alpha"] == uniform
@@ -189,7 +188,7 @@ def test_peft_puts_the_written_adapter_on_these_modules_alone(
     folder = tmp_path / "out" / RUN_NAME
     from sidestep.model.names import to_diffusers
 
-    about = json.loads((folder / CONFIG_FILE).read_text())
+    about = json.loads((folder / LORA_CONFIG).read_text())
     decoder = load_decoder(base, device=torch.device("cpu"), dtype=torch.float32)
     targets = [to_diffusers(name) for name in about["target_modules"]]
     inject_adapter_in_model(LoraConfig(r=about["r"], lora_alpha=about["lora_alpha"], target_modules=targets), decoder)

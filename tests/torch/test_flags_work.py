@@ -258,6 +258,20 @@ def test_settings_come_from_a_preset_or_an_earlier_run_and_can_be_kept(
     capsys.readouterr()
 
 
+def test_a_run_goes_on_with_its_own_learning_rate_typed_and_with_no_other(
+    tmp_path: Path, base: Checkpoint, songs: Path, capsys: pytest.CaptureFixture[str]
+):
+    paths = ["-c", str(base.root), "-M", "base", "-d", str(songs), "--device", "cpu", "--plain", "--num-workers", "0"]
+    assert main(["fixed", *paths, "-o", str(tmp_path / "run"), "--run-name", NAME, "--epochs", "1"]) == 0
+    more = ["fixed", "--resume-from", str(tmp_path / "run"), "--epochs", "2", "--device", "cpu", "--plain"]
+    capsys.readouterr()
+    assert main([*more, "--lr", "0.001", "--cfg-ratio", "0.5"]) == 2
+    said = capsys.readouterr().err
+    assert "--learning-rate was 0.0001 in that run and cannot become 0.001" in said
+    assert "--cfg-ratio was left at its default (0.15; turbo: 0) in that run and cannot become 0.5" in said
+    assert main([*more, "--lr", "1e-4"]) == 0
+
+
 def test_a_run_goes_on_from_the_checkpoint_that_was_typed(tmp_path: Path, base: Checkpoint, songs: Path):
     whole = train(base, songs, tmp_path / "whole", "--epochs", 2, "--save-every", 1)
     part = tmp_path / "part"

@@ -71,6 +71,27 @@ def test_a_dataset_file_says_which_songs_and_what_they_are(tmp_path: Path):
     assert (read_sample(tensors).metadata["filename"], read_sample(tensors).metadata["caption"]) == ("b.wav", "brass")
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_song_that_is_left_out_while_they_are_looked_for_counts_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], listed: bool
+):
+    write_song(tmp_path / "songs" / "a.wav")
+    (tmp_path / "songs" / "b.mp3").write_text("I am no song")
+    if listed:
+        samples = [{"audio_path": "a.wav"}, {"audio_path": "gone.wav"}]
+        (tmp_path / "songs" / "dataset.json").write_text(json.dumps({"samples": samples}), encoding="utf-8")
+    assert preprocess(tmp_path / "tensors", "--audio-dir", tmp_path / "songs") == 1
+    assert "1 songs encoded, 0 unchanged, 1 skipped" in capsys.readouterr().out
+
+
+def test_an_output_folder_that_is_taken_is_refused_before_the_songs_are_encoded(tmp_path: Path):
+    write_song(tmp_path / "songs" / "a.wav")
+    words = ["--audio-dir", tmp_path / "songs", "-o", tmp_path, "--run-name", "songs"]
+    assert preprocess(tmp_path / "tensors", *words) == 2
+    assert (tmp_path / "songs" / "a.wav").is_file()
+    assert not (tmp_path / "tensors").exists()
+
+
 def test_songs_are_cut_at_the_duration(tmp_path: Path, waves: list[torch.Tensor]):
     write_song(tmp_path / "songs" / "a.wav", seconds=0.5)
     assert preprocess(tmp_path / "tensors", "--audio-dir", tmp_path / "songs", "--max-duration", 0.12) == 0

@@ -2,7 +2,18 @@
 
 from pathlib import Path
 
-from sidestep.config.runs import CHECKPOINTS, STATE_FILE, checkpoints_in, resume_candidates, set_aside_newer
+import pytest
+
+from sidestep.config.runs import (
+    CHECKPOINTS,
+    LORA_CONFIG,
+    STATE_FILE,
+    check_adapter_folders,
+    checkpoints_in,
+    resume_candidates,
+    set_aside_newer,
+)
+from sidestep.errors import ConfigError
 
 
 def make(run: Path, *names: str) -> list[Path]:
@@ -34,3 +45,22 @@ def test_going_on_from_an_older_checkpoint_keeps_the_newer_ones_out_of_the_way(t
 def test_the_newest_checkpoint_sets_nothing_aside(tmp_path: Path):
     _, newest = make(tmp_path, "epoch_2", "epoch_4")
     assert set_aside_newer(tmp_path, newest) == []
+
+
+@pytest.mark.parametrize("ending", ["", "_best", "_ema"])
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_an_adapter_never_takes_the_place_of_other_files(tmp_path: Path, ending: str, goes_on: bool):
+    (tmp_path / f"songs{ending}").mkdir()
+    check_adapter_folders(tmp_path, "songs", goes_on=goes_on)
+    (tmp_path / f"songs{ending}" / "song.wav").write_text("sound")
+    with pytest.raises(ConfigError, match="something else is there"):
+        check_adapter_folders(tmp_path, "songs", goes_on=goes_on)
+
+
+def test_an_adapter_is_replaced_by_the_run_that_made_it_and_by_no_other(tmp_path: Path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / LORA_CONFIG).write_text("{}")
+    check_adapter_folders(tmp_path, "mine", goes_on=True)
+    with pytest.raises(ConfigError, match="an adapter is there already") as caught:
+        check_adapter_folders(tmp_path, "mine", goes_on=False)
+    assert "--run-name" in caught.value.hint

@@ -58,6 +58,8 @@ def test_help_loads_no_torch(arguments: list[str], tmp_path: Path):
         (["fixed", "-c", "nowhere", "-d", "a", "-o", "b"], 1, "There is no checkpoint folder nowhere."),
         (["fixed", "--resume-from", "nowhere"], 1, "There is no folder nowhere to resume from."),
         (["fixed", "--preset", "recomended", "-d", "a", "-o", "b"], 2, "There is no preset 'recomended'"),
+        (["fixed", "-d", "a", "-o", "b", "--run-name", "Checkpoints"], 2, "keeps other files in a folder of that name"),
+        (["fixed", "-d", "a", "-o", "b", "--run-name", "x" * 201], 2, "it is longer than 200 bytes"),
         (["build-dataset", "--input", "nowhere"], 1, "nowhere"),
         (["build-dataset"], 2, "--input is required"),
     ],

@@ -8,11 +8,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from sidestep.config.runs import LOHA_FILE, LOKR_FILE, LORA_FILE
 from sidestep.errors import ModelError
 
-LORA_FILE = "adapter_model.safetensors"
-LOKR_FILE = "lokr_weights.safetensors"
-LOHA_FILE = "loha_weights.safetensors"
 _KINDS = {LORA_FILE: ("LoRA", "lora (or dora)"), LOKR_FILE: ("LoKr", "lokr"), LOHA_FILE: ("LoHa", "loha")}
 
 

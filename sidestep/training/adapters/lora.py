@@ -16,12 +16,12 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn import Parameter, functional
 
+from sidestep.config.runs import LORA_CONFIG
 from sidestep.errors import ModelError
 from sidestep.model.names import to_diffusers, to_original
 from sidestep.training.adapters.base import diffusers_names, freeze, target_suffixes, trained_parameters
 from sidestep.training.adapters.files import LORA_FILE, find_weights, read_weights, write_weights
 
-CONFIG_FILE = "adapter_config.json"
 PREFIX = "base_model.model."
 _RANK_AT = {"A.weight": 0, "B.weight": 1}  # A is [rank, in], B is [out, rank].
 
@@ -66,7 +66,7 @@ class LoraAdapter:
             "use_dora": self.is_dora,
             "use_rslora": False,
         }
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / LORA_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def _plain(self, name: str, value: Tensor) -> Tensor:
         """Return a tensor as it is written: B times the module's scale, A and B padded to the common rank."""
@@ -240,7 +240,7 @@ def _module_of(name: str) -> str:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     """Read adapter_config.json; ModelError unless it describes a LoRA, with patterns that can be applied."""
-    path = folder / CONFIG_FILE
+    path = folder / LORA_CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -276,7 +276,7 @@ def _pattern_value(patterns: Mapping[str, float], module: str, default: float) -
         try:
             is_match = re.match(rf"(.*\.)?({pattern})$", module)
         except re.error as error:
-            raise ModelError(f"'{pattern}' in {CONFIG_FILE} is no pattern: {error}.") from error
+            raise ModelError(f"'{pattern}' in {LORA_CONFIG} is no pattern: {error}.") from error
         if is_match:
             return value
     return default
