@@ -1,5 +1,6 @@
 """The sizes a config.json states, as the arguments of diffusers' ACE-Step classes, key by key."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,7 +34,7 @@ def setting(config: Mapping[str, Any], key: str) -> int | float | bool:
     value = config.get(key, _DEFAULTS.get(key))
     if key == "rope_theta" and key not in config and isinstance(config.get("rope_parameters"), dict):
         value = config["rope_parameters"].get("rope_theta", value)  # Where transformers 5 writes it.
-    if not isinstance(value, int | float):
+    if not isinstance(value, int | float) or not math.isfinite(value):
         state = f"{value!r}, not a number" if key in config else "missing"
         raise ModelError(
             f"In the model's config.json, {key} is {state}.", hint="Download config.json of this checkpoint again."

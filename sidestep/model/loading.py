@@ -16,6 +16,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_oobleck import AutoencoderOobleck
 from diffusers.models.transformers.ace_step_transformer import AceStepTransformer1DModel
 from diffusers.pipelines.ace_step.modeling_ace_step import AceStepConditionEncoder, AceStepTimbreEncoder
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
@@ -140,10 +141,15 @@ def load_vae(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype
             f"{checkpoint.vae / 'config.json'} lacks {', '.join(missing)}.",
             hint="The folder must hold diffusers' AutoencoderOobleck; download vae/ of ACE-Step/Ace-Step1.5 again.",
         )
-    with torch.device("meta"), warnings.catch_warnings():
-        # Diffusers builds it with the old weight_norm, because that is how its weights are named.
-        warnings.simplefilter("ignore", FutureWarning)
-        vae = AutoencoderOobleck(**{key: config[key] for key in keys})
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            # Diffusers builds it with the old weight_norm, because that is how its weights are named.
+            warnings.simplefilter("ignore", FutureWarning)
+            vae = AutoencoderOobleck(**{key: config[key] for key in keys})
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise ModelError(
+            f"{checkpoint.vae / 'config.json'} describes no AutoencoderOobleck.", hint=DOWNLOAD_AGAIN
+        ) from error
     stored = read_weights(checkpoint.vae, "diffusion_pytorch_model")
     return _fill(vae, stored, "VAE", name_on_disk=str, device=device, dtype=dtype)
 
@@ -159,9 +165,12 @@ def load_text_encoder(
             f"{folder} holds a model of type {content.get('model_type')!r}, not qwen3.",
             hint="The folder must hold Qwen3-Embedding-0.6B, as ACE-Step/Ace-Step1.5 does.",
         )
-    config = Qwen3Config.from_dict(content)
-    with torch.device("meta"):
-        encoder = Qwen3Model(config)
+    try:
+        config = Qwen3Config.from_dict(content)
+        with torch.device("meta"):
+            encoder = Qwen3Model(config)
+    except (StrictDataclassError, ValueError, TypeError, LookupError, ArithmeticError) as error:
+        raise ModelError(f"{folder / 'config.json'} describes no Qwen3 model.", hint=DOWNLOAD_AGAIN) from error
     # Frequencies are computed, not stored, and stay in float32 whatever the dtype.
     encoder.rotary_emb = Qwen3RotaryEmbedding(config).to(device)
     # A causal model's file prefixes "model." and may hold the output layer, which an encoder does not have.
@@ -175,9 +184,13 @@ def load_text_encoder(
 
 
 def _load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerFast:
-    read_json(checkpoint.tokenizer / "tokenizer.json")
-    # The general class takes tokenizer.json as it is, with the <|endoftext|> that its post-processor appends.
-    return PreTrainedTokenizerFast.from_pretrained(checkpoint.tokenizer, local_files_only=True)
+    file = checkpoint.tokenizer / "tokenizer.json"
+    read_json(file)
+    try:
+        # The general class takes tokenizer.json as it is, with the <|endoftext|> that its post-processor appends.
+        return PreTrainedTokenizerFast.from_pretrained(checkpoint.tokenizer, local_files_only=True)
+    except Exception as error:  # The tokenizers library raises bare Exceptions for what it cannot read.
+        raise ModelError(f"{file}, or a file beside it, describes no tokenizer.", hint=DOWNLOAD_AGAIN) from error
 
 
 def _read_silence_file(checkpoint: Checkpoint, channels: int) -> Tensor:
@@ -188,7 +201,8 @@ def _read_silence_file(checkpoint: Checkpoint, channels: int) -> Tensor:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ModelError(f"{path} is missing: the latent of silence.", hint=hint) from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    # A file that is no pickle at all fails as its first bytes would have it.
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError) as error:
         raise ModelError(f"{path} cannot be read.", hint=hint) from error
     if not isinstance(stored, Tensor) or tuple(stored.shape) != (1, channels, SILENCE_FRAMES):
         shape = list(stored.shape) if isinstance(stored, Tensor) else type(stored).__name__

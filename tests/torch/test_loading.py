@@ -190,7 +190,10 @@ def test_a_missing_tensor_of_the_other_folders_is_named(toy: Checkpoint, file: s
     ("folder", "change", "load", "message"),
     [
         ("vae", {"sampling_rate": None}, load_vae, "lacks sampling_rate"),
+        ("vae", {"downsampling_ratios": "ten"}, load_vae, "config.json describes no AutoencoderOobleck"),
         ("Qwen3-Embedding-0.6B", {"model_type": "llama"}, load_text_encoder, "'llama', not qwen3"),
+        ("Qwen3-Embedding-0.6B", {"hidden_size": "wide"}, load_text_encoder, "config.json describes no Qwen3 model"),
+        ("Qwen3-Embedding-0.6B", {"num_attention_heads": 0}, load_text_encoder, "config.json describes no Qwen3 model"),
     ],
 )
 def test_a_folder_of_another_model_is_named(toy: Checkpoint, folder: str, change: dict, load: Callable, message: str):
@@ -199,6 +202,14 @@ def test_a_folder_of_another_model_is_named(toy: Checkpoint, folder: str, change
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}), encoding="utf-8")
     with pytest.raises(ModelError, match=message):
         load(toy, device=CPU, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"model": {}, "added_tokens": []}', '{"added_tokens": 3}'])
+def test_a_tokenizer_file_that_describes_none_is_named(toy: Checkpoint, content: str):
+    (toy.tokenizer / "tokenizer.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ModelError, match=r"tokenizer\.json, or a file beside it, describes no tokenizer") as caught:
+        load_text_encoder(toy, device=CPU, dtype=torch.float32)
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize("folder", ["vae", "Qwen3-Embedding-0.6B"])
@@ -226,6 +237,9 @@ def test_the_silence_latent_is_read_as_rows_of_frames_and_starts_again_at_its_en
         (torch.zeros(1, 15000, 64), r"holds \[1, 15000, 64\], not a tensor \[1, 64, 15000\]"),
         ({"silence": torch.zeros(1)}, "holds dict"),
         (b"not a tensor", "cannot be read"),
+        (b"I am no pickle", "cannot be read"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "cannot be read"),
+        (b"<!DOCTYPE html>", "cannot be read"),
         (b"", "cannot be read"),
         (None, "is missing"),
     ],

@@ -1,6 +1,7 @@
 """Tests of finding checkpoints and of the messages about what is wrong with them, without torch."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -218,6 +219,7 @@ def test_a_missing_and_an_empty_checkpoint_folder_say_what_belongs_there(tmp_pat
         ("[]", "does not hold a JSON object"),
         ("{}", "hidden_size is missing"),
         ('{"hidden_size": "wide"}', "'wide', not a number"),
+        (json.dumps({**SIZES, "num_hidden_layers": 2, "timestep_mu": math.nan}), "timestep_mu is nan, not a number"),
         (json.dumps({**SIZES, "num_hidden_layers": 2, "layer_types": ["other", "full_attention"]}), "layer_types"),
         (json.dumps({**SIZES, "num_hidden_layers": 2, "layer_types": ["full_attention"]}), "layer_types"),
     ],
