@@ -46,6 +46,8 @@ class LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Say on stderr why the log ends here, and end it."""
         logging.getLogger().removeHandler(self)
+        # Without any handler Python would print the warnings of libraries on the screen.
+        logging.getLogger().addHandler(logging.NullHandler())
         sys.stderr.write(f"Warning: {self.baseFilename} can no longer be written ({sys.exc_info()[1]}).\n")
 
 
