@@ -11,6 +11,7 @@ DEVICE = "Device and precision"
 ADAPTER = "Adapter"
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ATTENTION_PROJECTIONS, MLP_PROJECTIONS = TARGET_MODULES[:4], TARGET_MODULES[4:]
 LOKR = When("adapter_type", ("lokr",), is_strict=True)
 PEFT = When("adapter_type", ("lora", "dora"), is_strict=True)
 
@@ -117,7 +118,7 @@ class AdapterConfig:
     target_modules: tuple[str, ...] = option(
         "Which projections get an adapter; the last three are the MLP's.",
         group=ADAPTER,
-        default=TARGET_MODULES[:4],
+        default=ATTENTION_PROJECTIONS,
         choices=TARGET_MODULES,
     )
     bias: Literal["none", "all", "lora_only"] = option(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sidestep.config.adapter import ATTENTION_PROJECTIONS
 from sidestep.config.presets import read_preset, read_run_config
 from sidestep.config.recipe import RECIPE_PINS, learning_rate_of
 from sidestep.config.runs import LONGEST_NAME, RESERVED_NAMES, RUN_CONFIG, resume_candidates, run_of
@@ -46,7 +47,10 @@ def resolve_training(command: str, typed: Values, *, preset: str | None = None, 
     problems = contradictions(config, given)
     if problems:
         raise ConfigError("\n".join(problems))
-    return Resolved(config=config, notices=tuple(idle_settings(config, _without(given, pins))))
+    notices = idle_settings(config, _without(given, pins))
+    if "attention_type" in given and not set(config.target_modules) & set(ATTENTION_PROJECTIONS):
+        notices.append("--attention-type has no effect here: --target-modules names the MLP's projections alone.")
+    return Resolved(config=config, notices=tuple(notices))
 
 
 def _earlier_values(source: Path) -> dict[str, Any]:

@@ -191,3 +191,13 @@ def test_the_songs_of_an_earlier_run_are_not_preprocessed_again(tmp_path: Path):
     assert not after.preprocess and after.dataset_dir == Path("others")
     # The run's folder stands for its config.json.
     assert resolve_training("fixed", {**FOLDERS, "dataset_dir": "others"}, source=tmp_path).config == after
+
+
+def test_a_choice_of_attention_without_attention_among_the_targets_is_said():
+    def notices(*targets: str) -> tuple[str, ...]:
+        values = {**FOLDERS, "attention_type": "self", "target_modules": targets}
+        return resolve_training("fixed", values).notices
+
+    sentence = "--attention-type has no effect here: --target-modules names the MLP's projections alone."
+    assert notices("gate_proj", "up_proj") == (sentence,)
+    assert notices("gate_proj", "q_proj") == ()

@@ -8,12 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from sidestep.config.adapter import TARGET_MODULES
+from sidestep.config.adapter import ATTENTION_PROJECTIONS, MLP_PROJECTIONS
 from sidestep.errors import ModelError
 from sidestep.model.names import to_diffusers, to_original
 
-ATTENTION_PROJECTIONS = TARGET_MODULES[:4]
-MLP_PROJECTIONS = TARGET_MODULES[4:]
 ATTENTION_BLOCKS = {"both": ("self_attn", "cross_attn"), "self": ("self_attn",), "cross": ("cross_attn",)}
 
 
