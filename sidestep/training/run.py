@@ -46,6 +46,8 @@ def carry_out(
             _validate(run, emit)
         listen(run.state, is_last=False)
         reason = train(run.state, stepper=run.stepper, batches=run.batches, pace=run.pace, hooks=hooks, emit=emit)
+    if run.held_out and run.state.batch and reason == "finished":
+        _validate(run, emit)  # --max-steps ended the run within an epoch: its last steps count for the best, too.
     if reason != "interrupted":
         _save_final(run, emit)
         listen(run.state, is_last=True)

@@ -166,3 +166,12 @@ def test_patience_ends_a_run_that_learns_nothing_more(tmp_path: Path, base: Chec
     assert trained.reason == "early_stop"
     assert [reading.is_best for reading in trained.all_of(Validated)] == [False, True, False, False, False]
     assert (tmp_path / "run" / RUN_NAME).is_dir()
+
+
+def test_a_run_that_ends_within_an_epoch_is_measured_and_has_a_best(tmp_path: Path, base: Checkpoint):
+    songs = write_songs(tmp_path / "songs", base, FRAMES)
+    config = tiny_config(val_split=0.4, max_steps=1, gradient_accumulation=1, learning_rate=1e-3)
+    trained = train(config, base, songs, tmp_path / "run")
+    assert trained.run.state.batch > 0
+    assert [event.step for event in trained.all_of(Validated)] == [0, 1]
+    assert [event.kind for event in trained.all_of(AdapterSaved)] == ["best", "final"]
