@@ -79,7 +79,9 @@ class SampleConfig:
         "Strengths of the adapter, a file each; 0 is the model alone.", group=SAMPLE, default=(1.0,), ask="basic"
     )
     duration: float = option("Seconds of music.", group=SAMPLE, default=30.0, within=Range(at_least=1, at_most=600))
-    seed: int = option("Same seed and machine: same music.", group=SAMPLE, default=42, within=Range(at_least=0, at_most=2**53))
+    seed: int = option(
+        "Same seed and machine: same music.", group=SAMPLE, default=42, within=Range(at_least=0, at_most=2**53)
+    )
     steps: int | None = option(
         "Steps from noise to music.",
         group=SAMPLE,
