@@ -321,4 +321,7 @@ def _parse_path(text: str, refused: ValueError) -> Path:
         bare = bare[1:-1]
     if not bare or "\0" in bare:
         raise refused
-    return Path(bare).expanduser()
+    try:
+        return Path(bare).expanduser()
+    except RuntimeError:  # The home of a user whom this machine does not know.
+        raise refused from None

@@ -19,7 +19,7 @@ QUOTES = "'\""
 def read_path(text: str, *, is_windows: bool = os.name == "nt") -> Path:
     """The path that was meant: quotes, `~`, `file://` and the backslashes before spaces of a dragged folder are undone.
 
-    ValueError when nothing is left.
+    ValueError when nothing is left, or the system takes no such path.
     """
     bare = text.strip()
     if len(bare) >= 2 and bare[0] == bare[-1] and bare[0] in QUOTES:
@@ -28,11 +28,11 @@ def read_path(text: str, *, is_windows: bool = os.name == "nt") -> Path:
         bare = unquote(bare.removeprefix("file://"))
     if not bare or "\0" in bare:
         raise ValueError("A path is needed here.")
-    path = Path(bare).expanduser()
     # A terminal escapes what is dragged into it; on Windows, and in the rare name that has one, a backslash is itself.
-    if "\\" in bare and not is_windows and not path.exists():
-        path = Path(re.sub(r"\\(.)", r"\1", bare)).expanduser()
-    return path
+    if "\\" in bare and not is_windows and not _exists(bare):
+        bare = re.sub(r"\\(.)", r"\1", bare)
+    _exists(bare)
+    return Path(bare).expanduser()
 
 
 class PathCompleter(Completer):
@@ -45,7 +45,7 @@ class PathCompleter(Completer):
         """What the text before the cursor can become."""
         text = document.text_before_cursor.lstrip().lstrip(QUOTES)
         head, _, start = text.replace(os.sep, "/").rpartition("/")
-        folder = Path(f"{head}/" if head or text.startswith("/") else ".").expanduser()
+        folder = f"{head}/" if head or text.startswith("/") else "."
         for entry in _entries(folder):
             if entry.name.startswith(start) and (start or not entry.name.startswith(".")):
                 is_folder = entry.is_dir()
@@ -118,8 +118,18 @@ def _holds_audio(folder: Path) -> bool:
     return any(Path(name).suffix.lower() in AUDIO_SUFFIXES for name in files)
 
 
-def _entries(folder: Path) -> list[Path]:
+def _exists(text: str) -> bool:
+    """Whether there is such a path; ValueError, with the reason, where the system will not even look."""
     try:
-        return sorted(folder.iterdir(), key=lambda path: path.name.lower())
-    except OSError:  # Not there, or not ours to read: nothing to complete.
+        return Path(text).expanduser().exists()
+    except OSError as error:
+        raise ValueError(f"{text} cannot be used: {error.strerror}.") from error
+    except RuntimeError as error:
+        raise ValueError(f"There is no user {text.partition('/')[0]} here.") from error
+
+
+def _entries(folder: str) -> list[Path]:
+    try:
+        return sorted(Path(folder).expanduser().iterdir(), key=lambda path: path.name.lower())
+    except (OSError, RuntimeError):  # Not there, or not ours to read: nothing to complete.
         return []

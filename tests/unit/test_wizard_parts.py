@@ -1,5 +1,7 @@
 """The wizard's parts by themselves: first start, fetching, plain prompts, paths, the machine."""
 
+import os
+import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -156,6 +158,23 @@ def test_backslashes_of_windows_stay():
 def test_no_path_is_no_answer(text: str):
     with pytest.raises(ValueError, match="A path is needed here"):
         read_path(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("~nobody-of-this-name/x", "There is no user ~nobody-of-this-name here."),
+        ("n" * 300, "cannot be used: File name too long."),
+    ],
+)
+@pytest.mark.skipif(os.name == "nt", reason="Windows words it otherwise")
+def test_a_path_that_the_system_refuses_is_a_wrong_answer_and_no_end(stage: Stage, text: str, reason: str):
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        read_path(text)
+    songs = stage.songs()
+    _, screen = stage.play(down(2), f"{text}\t{ENTER}", typed(songs), ENTER, ENTER)
+    assert "".join(reason.split()) in "".join(screen.split())
+    assert stage.started[0].values["input"] == songs
 
 
 def test_tab_completes_folders_behind_quotes_and_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
