@@ -170,7 +170,7 @@ class KeyAsker:
     def refused(self, reason: str) -> None:
         """Print the reason above the question, which stays."""
         for line in self._console.wrapped(reason, indent=2):
-            self._console.print(f"  {line}", style="yellow", wrap=False)
+            self._console.print(f"  {line}", style="red", wrap=False)
 
     def forget_keys(self) -> None:
         """Drop what the terminal holds of keys pressed during an action."""

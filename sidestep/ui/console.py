@@ -75,7 +75,7 @@ class Console:
 
     def warning(self, text: str) -> None:
         """Say that something is not as one may expect."""
-        self.print(f"Warning: {text}", style="yellow")
+        self.print(f"Warning: {text}", style="magenta")  # Yellow cannot be read on a light terminal.
 
     def table(self, title: str, rows: Sequence[Sequence[str]], columns: Sequence[str] | None = None) -> None:
         """Print rows of cells in columns as wide as their contents, under a title (may be empty) and column names."""

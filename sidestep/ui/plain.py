@@ -201,7 +201,7 @@ def say(console: Console, event: Event) -> None:
     if not text:
         return
     is_warning = isinstance(event, TrackSkipped) or (isinstance(event, Notice) and event.level == "warning")
-    console.print(text, style="yellow" if is_warning else "")
+    console.print(text, style="magenta" if is_warning else "")
     if isinstance(event, RunDone) and event.resume_command:
         console.print("Go on from there with:")
         console.print(f"  {event.resume_command}", wrap=False)

@@ -17,7 +17,7 @@ def show_review(console: Console, flow: Flow, form: Form) -> SidestepError | Non
     if problem:
         console.print()
         for line in console.wrapped(f"{problem.message} {problem.hint}".strip(), indent=INDENT):
-            console.print(" " * INDENT + line, style="yellow", wrap=False)
+            console.print(" " * INDENT + line, style="red", wrap=False)
         return problem
     console.table("What happens", flow.facts(form))
     console.heading("The same as a command")

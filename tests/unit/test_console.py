@@ -51,7 +51,7 @@ def test_a_terminal_gets_colour_but_no_markup_from_names(terminal: Terminal) -> 
     console = open_console(plain=False, stream=terminal)
     fill(console)
     assert not console.is_plain
-    assert "\x1b[33mWarning: two songs are the same\x1b[0m" in terminal.getvalue()
+    assert "\x1b[35mWarning: two songs are the same\x1b[0m" in terminal.getvalue()
     assert "[red]x[/red].wav" in terminal.getvalue()
     assert ":smile: [bold]not markup[/bold] 3.14\n" in terminal.getvalue()
 
