@@ -3,7 +3,6 @@
 import errno
 import io
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -31,6 +30,7 @@ from sidestep.events import (
 from sidestep.ui.console import open_console
 from sidestep.ui.metrics import MetricsFile
 from sidestep.ui.plain import PlainLines
+from sidestep.ui.problems import close_log, open_log
 from sidestep.ui.progress import LiveScreen
 from sidestep.ui.sinks import combine, open_screen, write_log
 from tests.unit.terminal import Terminal
@@ -247,12 +247,14 @@ def test_combined_sinks_all_receive_each_event_in_order() -> None:
     assert seen == [("a", SONGS[0]), ("b", SONGS[0])]
 
 
-def test_the_log_keeps_what_the_user_was_told(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+def test_the_log_keeps_what_the_user_was_told(tmp_path: Path) -> None:
+    open_log(tmp_path / "sidestep.log")
     for event in [*SONGS, *TRAINING]:
         write_log(event)
-    assert "Skipped [red]b[/red].mp3: it is a text file. Remove it." in caplog.messages
-    assert "step 2: loss 0.700000, grad norm 0.5" in caplog.messages
+    close_log()
+    text = (tmp_path / "sidestep.log").read_text(encoding="utf-8")
+    assert "Skipped [red]b[/red].mp3: it is a text file. Remove it." in text
+    assert "step 2: loss 0.700000, grad norm 0.5" in text
 
 
 def metrics_of(path: Path) -> list[dict[str, object]]:
