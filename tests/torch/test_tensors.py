@@ -152,7 +152,7 @@ def test_a_sample_that_is_not_finite_is_never_written(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.pt").mkdir()
     (tmp_path / "a.pt" / "inside").touch()
-    with pytest.raises(RunError, match="could not be written"):
+    with pytest.raises(RunError, match="cannot be written"):
         write_sample(tmp_path / "a.pt", make_sample())
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
