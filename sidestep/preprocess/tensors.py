@@ -212,7 +212,7 @@ def _load(path: Path, *, mmap: bool = False) -> dict[str, Any]:
             is_archive = file.read(4) == b"PK\x03\x04"
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap) if is_archive else None
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        raise DataError(f"{path.name} cannot be read: {_first_line(error)}", hint=DELETE) from error
+        raise DataError(f"{path.name} cannot be read: {_reason(error)}.", hint=DELETE) from error
     if not isinstance(content, dict):
         raise DataError(f"{path.name} is not a tensor file.", hint=DELETE)
     missing = [key for key in TENSOR_KEYS if not isinstance(content.get(key), Tensor)]
@@ -223,8 +223,13 @@ def _load(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     return content
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__
+def _reason(error: Exception) -> str:
+    """Say what is wrong with a file in our words; torch's advice is to read it unsafely."""
+    if isinstance(error, FileNotFoundError | PermissionError):
+        return "it is not there" if isinstance(error, FileNotFoundError) else "it may not be opened"
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds something else than tensors and plain values"
+    return "it is cut off or damaged"
 
 
 def _check_version(name: str, version: object) -> None:

@@ -174,7 +174,7 @@ def _pace(config: TrainConfig, plan: Plan, state: TrainState, emit: Emit) -> Pac
     if state.step >= total_steps:
         raise ConfigError(
             f"There is nothing left to do: {state.step} of {total_steps} steps are done.",
-            hint="Raise --epochs (or --max-steps) to train on.",
+            hint="Raise --epochs (or --max-steps) to train on. The folder of the checkpoint holds its adapter too.",
         )
     schedule = schedule_of(config)
     if schedule != config.scheduler_type:

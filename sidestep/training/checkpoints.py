@@ -64,7 +64,7 @@ def load_checkpoint(folder: Path) -> Snapshot:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, BadZipFile) as error:
         raise ModelError(
-            f"The checkpoint {folder} is damaged: {type(error).__name__}.",
+            f"The checkpoint {folder} {'may not be opened' if isinstance(error, PermissionError) else 'is damaged'}.",
             hint="Resume from an earlier one: --resume-from takes a checkpoints/epoch_* folder too.",
         ) from error
     if not isinstance(content, dict) or content.get("format_version") != STATE_FORMAT:

@@ -139,7 +139,7 @@ def test_a_finished_run_says_that_there_is_nothing_left_to_do_until_it_gets_more
     train(replace(config, resume_from=None), base, songs, tmp_path / "run")
     with pytest.raises(ConfigError, match="nothing left to do: 4 of 4 steps") as caught:
         prepare(config, base, songs, tmp_path / "run")
-    assert "--epochs" in caught.value.hint
+    assert "--epochs" in caught.value.hint and "its adapter" in caught.value.hint
     longer = train(replace(config, epochs=3), base, songs, tmp_path / "run")
     assert steps_of(longer.events) == [5, 6]
     assert longer.all_of(RunStarted)[0].first_step == 4

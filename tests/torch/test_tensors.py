@@ -125,14 +125,25 @@ def test_a_misshapen_file_is_named(tmp_path: Path, change: dict, words: str) -> 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
     write_sample(tmp_path / "whole.pt", make_sample())
     (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:2000])
+    (tmp_path / "short.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:-30])
     (tmp_path / "text.pt").write_text("hello")
     (tmp_path / "empty.pt").write_bytes(b"")
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"metadata": Path("x")}, tmp_path / "objects.pt")
-    for name in ("cut.pt", "text.pt", "empty.pt", "list.pt", "objects.pt", "missing.pt"):
+    said = {
+        "cut.pt": "cannot be read: it is cut off or damaged.",
+        "short.pt": "cannot be read: it is cut off or damaged.",
+        "text.pt": "is not a tensor file.",
+        "empty.pt": "is not a tensor file.",
+        "list.pt": "is not a tensor file.",
+        "objects.pt": "cannot be read: it holds something else than tensors and plain values.",
+        "missing.pt": "cannot be read: it is not there.",
+    }
+    for name, words in said.items():
         for read in (read_sample, read_metadata, sample_frames):
-            with pytest.raises(DataError, match=name):
+            with pytest.raises(DataError) as caught:
                 read(tmp_path / name)
+            assert caught.value.message == f"{name} {words}"
 
 
 def test_latents_without_frames_have_no_length(tmp_path: Path) -> None:
