@@ -15,7 +15,7 @@ from typing import Any
 from sidestep.commands.interrupts import Interrupts
 from sidestep.config.flags import GlobalConfig, LayersConfig
 from sidestep.config.places import default_checkpoint_dir, product_version, remember
-from sidestep.config.presets import save_preset
+from sidestep.config.presets import is_run_config, save_preset
 from sidestep.config.rank_map import read_rank_map
 from sidestep.config.recipe import RECIPE_PINS
 from sidestep.config.resolve import resolve_training
@@ -189,6 +189,12 @@ def _check_output(output_dir: Path, run_name: str, *, goes_on: bool) -> None:
             hint=f"Go on with it: --resume-from {shlex.quote(str(output_dir))}; or choose another --output-dir.",
         )
     check_adapter_folders(output_dir, run_name, goes_on=goes_on)
+    config = output_dir / RUN_CONFIG
+    if config.exists() and not checkpoints_in(output_dir) and not is_run_config(config):
+        raise ConfigError(
+            f"{config} belongs to something else, and a run would put its own in its place.",
+            hint="Choose another --output-dir.",
+        )
 
 
 def check_tensors(dataset_dir: Path) -> None:

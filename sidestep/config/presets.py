@@ -113,6 +113,15 @@ def read_run_config(path: Path) -> tuple[str, dict[str, Any]]:
     return recipe, parse_values(TrainConfig, settings, source=str(path))
 
 
+def is_run_config(path: Path) -> bool:
+    """Say whether this file is the config.json of a run, whatever version wrote it."""
+    try:
+        content = _read_json(path)
+    except (ConfigError, OSError):
+        return False
+    return "recipe" in content and "settings" in content
+
+
 def _settings() -> dict[str, Any]:
     return {setting.name: setting for setting in settings_of(TrainConfig)}
 

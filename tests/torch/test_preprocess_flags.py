@@ -92,6 +92,15 @@ def test_an_output_folder_that_is_taken_is_refused_before_the_songs_are_encoded(
     assert not (tmp_path / "tensors").exists()
 
 
+def test_the_config_of_a_model_is_not_taken_for_a_runs(tmp_path: Path):
+    write_song(tmp_path / "songs" / "a.wav")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "acestep"}')
+    assert preprocess(tmp_path / "tensors", "--audio-dir", tmp_path / "songs", "-o", tmp_path / "model") == 2
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["config.json"]
+    assert "acestep" in (tmp_path / "model" / "config.json").read_text()
+
+
 def test_songs_are_cut_at_the_duration(tmp_path: Path, waves: list[torch.Tensor]):
     write_song(tmp_path / "songs" / "a.wav", seconds=0.5)
     assert preprocess(tmp_path / "tensors", "--audio-dir", tmp_path / "songs", "--max-duration", 0.12) == 0
