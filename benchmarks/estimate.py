@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import repository  # noqa: F401
 import torch
 from torch import Tensor
 

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import repository  # noqa: F401
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
@@ -32,7 +33,7 @@ from sidestep.training.accelerate import compile_blocks, make_passes
 from sidestep.training.adapters.base import target_names
 from sidestep.training.adapters.lora import attach_lora
 from sidestep.training.batches import Batch
-from sidestep.training.build import recomputed_blocks
+from sidestep.training.build import fused_blocks, recomputed_blocks
 from sidestep.training.objective import noisy_latents
 from sidestep.training.optimizers import make_optimizer
 from sidestep.training.passes import EagerPasses, Model
@@ -56,6 +57,7 @@ class Case:
     dropout: float
     optimizer: str
     quantize: str
+    is_fused: bool
 
 
 @dataclass(slots=True)
@@ -132,13 +134,18 @@ def ours(case: Case, machine: Machine) -> Subject:
     adapter = attach_lora(decoder, adapted(layers), rank=case.rank, alpha=2 * case.rank, dropout=case.dropout)
     fill_b(decoder)
     decoder.train()
+    cross_attention = use_processors(decoder, device=machine.device, dtype=machine.dtype)
+    dropout_seed = seed_dropout(decoder, case.dropout)
+    fused = fused_blocks(decoder, adapter, cross_attention) if case.is_fused else None
+    clear(machine.device)
     model = Model(
         decoder=decoder,
-        cross_attention=use_processors(decoder, device=machine.device, dtype=machine.dtype),
+        cross_attention=cross_attention,
         null_condition=torch.zeros(1, 1, 1, device=machine.device, dtype=machine.dtype),
         weighting=None,
         recompute=recomputed_blocks(layers, case.recomputed),
-        dropout_seed=seed_dropout(decoder, case.dropout),
+        dropout_seed=dropout_seed,
+        fused=fused,
         device=machine.device,
         dtype=machine.dtype,
     )
@@ -180,7 +187,7 @@ def fill_b(decoder: torch.nn.Module) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
-def measure(case: Case, machine: Machine, steps: int) -> tuple[Result, Tensor]:
+def measure(case: Case, machine: Machine, steps: int, kernels: int) -> tuple[Result, Tensor]:
     """Measure a case; returns the first step's clipped gradient as well. A case that does not fit says so."""
     clear(machine.device)
     result, gradient = Result(case), torch.empty(0)
@@ -193,6 +200,8 @@ def measure(case: Case, machine: Machine, steps: int) -> tuple[Result, Tensor]:
         result.first_step_s = time.perf_counter() - start
         gradient = torch.cat([p.grad.flatten().cpu() for p in subject.parameters if p.grad is not None])
         _time(result, subject, batches, machine, steps)
+        if kernels and machine.device.type == "cuda":
+            print(kernel_table(profiled(subject, batches), kernels))
     except torch.OutOfMemoryError:
         result.problem = "out of memory"
         return result, gradient
@@ -228,11 +237,24 @@ def _time(result: Result, subject: Subject, batches: list[Batch], machine: Machi
 
 
 def _busy_ms(subject: Subject, batches: list[Batch]) -> float:
+    return sum(event.self_device_time_total for event in profiled(subject, batches)) / 1e3 / 2
+
+
+def profiled(subject: Subject, batches: list[Batch]) -> torch.autograd.profiler_util.EventList:
+    """Return what the device did in two steps, kernel by kernel."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         for batch in batches[:2]:
             subject.run(batch)
         torch.cuda.synchronize()
-    return sum(event.self_device_time_total for event in profiler.key_averages()) / 1e3 / 2
+    return profiler.key_averages()
+
+
+def kernel_table(events: torch.autograd.profiler_util.EventList, rows: int) -> str:
+    """Return the kernels of one step that take the most time: milliseconds, calls, name."""
+    longest = sorted(events, key=lambda event: -event.self_device_time_total)[:rows]
+    return "\n".join(
+        f"{event.self_device_time_total / 2e3:8.3f} ms {event.count // 2:5d} {event.key}" for event in longest
+    )
 
 
 def cases(arguments: argparse.Namespace) -> list[Case]:
@@ -248,6 +270,7 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
             dropout=arguments.dropout,
             optimizer=arguments.optimizer,
             quantize=arguments.quantize,
+            is_fused=not arguments.unfused,
         )
         for seconds in arguments.seconds
         for recomputed in arguments.recompute
@@ -289,7 +312,7 @@ def main() -> None:
     results, agreement = [], []
     gradients: dict[tuple[float, float], Tensor] = {}
     for case in cases(arguments):
-        result, gradient = measure(case, machine, arguments.steps)
+        result, gradient = measure(case, machine, arguments.steps, arguments.kernels)
         compared = gradients.setdefault((case.seconds, case.recomputed), gradient)
         same = compared.numel() == gradient.numel() > 0
         results.append(result)
@@ -313,6 +336,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--quantize", choices=("none", "int8", "nf4"), default="none", help="ours only")
+    parser.add_argument(
+        "--unfused", action="store_true", help="ours with the linear layers apart, as PEFT computes them"
+    )
+    parser.add_argument("--kernels", type=int, default=0, help="print this many kernels that take the most time")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cap", type=float, default=0, help="GiB that torch may allocate; 0 is all")
     parser.add_argument("--json", type=Path)

@@ -15,6 +15,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+import repository  # noqa: F401
 import torch
 from safetensors.torch import save_file
 

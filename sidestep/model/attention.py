@@ -36,14 +36,21 @@ class SelfAttention:
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Attend from each patch to the patches it sees; `attention_mask` is not needed and not read."""
-        query, key, value = _project(attn, hidden_states, hidden_states)
-        if image_rotary_emb is not None:
-            query, key = rotate(query, image_rotary_emb), rotate(key, image_rotary_emb)
-        if attn.sliding_window is not None and hidden_states.shape[1] > attn.sliding_window + 1:
+        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        return attn.to_out[0](self.attend(attn, query, key, value, image_rotary_emb))
+
+    def attend(
+        self, attn: AceStepAttention, query: Tensor, key: Tensor, value: Tensor, rotary: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """Attend with what the layer projected, [B, S, heads x channels] each; returns the same for its output."""
+        query, key, value = _heads(attn, query, key, value)
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
+        if attn.sliding_window is not None and query.shape[1] > attn.sliding_window + 1:
             out = self.window_kernel(query, key, value, attn.sliding_window)
         else:
             out = full_attention(query, key, value)
-        return attn.to_out[0](out.flatten(2).to(query.dtype))
+        return out.flatten(2).to(query.dtype)
 
 
 class CrossAttention:
@@ -70,9 +77,14 @@ class CrossAttention:
     ) -> Tensor:
         """Attend from the latents to the condition rows that count."""
         assert encoder_hidden_states is not None
-        query, key, value = _project(attn, hidden_states, encoder_hidden_states)
+        query, key = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states)
+        return attn.to_out[0](self.attend(attn, query, key, attn.to_v(encoder_hidden_states)))
+
+    def attend(self, attn: AceStepAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend with what the layer projected from the latents and from the condition."""
+        query, key, value = _heads(attn, query, key, value)
         out = full_attention(query, key, value, mask=self.mask_B11L)
-        return attn.to_out[0](out.flatten(2).to(query.dtype))
+        return out.flatten(2).to(query.dtype)
 
 
 def use_processors(decoder: AceStepTransformer1DModel, *, device: torch.device, dtype: torch.dtype) -> CrossAttention:
@@ -162,8 +174,7 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return (x.float() * cosine + torch.cat([-second, first], dim=-1) * sine).to(x.dtype)
 
 
-def _project(attn: AceStepAttention, queries_from: Tensor, keys_from: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    query = attn.norm_q(attn.to_q(queries_from).unflatten(-1, (attn.heads, attn.head_dim)))
-    key = attn.norm_k(attn.to_k(keys_from).unflatten(-1, (attn.kv_heads, attn.head_dim)))
-    value = attn.to_v(keys_from).unflatten(-1, (attn.kv_heads, attn.head_dim))
-    return query, key, value
+def _heads(attn: AceStepAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    query = attn.norm_q(query.unflatten(-1, (attn.heads, attn.head_dim)))
+    key = attn.norm_k(key.unflatten(-1, (attn.kv_heads, attn.head_dim)))
+    return query, key, value.unflatten(-1, (attn.kv_heads, attn.head_dim))

@@ -7,6 +7,8 @@ has to rewind the generator, which a CUDA graph cannot. Here the mask is a hash 
 import torch
 from torch import Tensor, nn
 
+from sidestep.model.names import SAME_INPUT
+
 # Odd constants and shifts of the 32-bit finalizer "lowbias32" (C. Wellons, 2018), as signed 32-bit numbers.
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - 2**32
 _STRIDE = 0x9E3779B1 - 2**32
@@ -48,15 +50,29 @@ def _hash(x: Tensor) -> Tensor:
 
 
 def seed_dropout(decoder: nn.Module, p: float) -> Tensor:
-    """Put seeded dropout in place of every `nn.Dropout` with probability `p` in the decoder; return the shared seed."""
+    """Put seeded dropout in place of every `nn.Dropout` with probability `p` in the decoder; return the shared seed.
+
+    Layers that read the same input drop the same elements of it, so that their products can be made together.
+    """
     device = next(decoder.parameters()).device
     seed = torch.zeros((), dtype=torch.int32, device=device)
     places = [
-        (parent, name)
-        for _, parent in decoder.named_modules()
+        (path, parent, name)
+        for path, parent in decoder.named_modules()
         for name, child in parent.named_children()
         if isinstance(child, nn.Dropout) and child.p == p and p > 0
     ]
-    for salt, (parent, name) in enumerate(places):
-        setattr(parent, name, SeededDropout(p, seed, salt))
+    salts: dict[str, int] = {}
+    for path, parent, name in places:
+        setattr(parent, name, SeededDropout(p, seed, salts.setdefault(_input_of(path), len(salts))))
     return seed
+
+
+def _input_of(path: str) -> str:
+    """Name the input of the linear layer that a module at `path` belongs to: the first layer that reads it."""
+    for part, groups in SAME_INPUT.items():
+        block, found, rest = path.partition(f".{part}.")
+        for names in groups if found else ():
+            if any(rest == name or rest.startswith(f"{name}.") for name in names):
+                return f"{block}.{part}.{names[0]}"
+    return path

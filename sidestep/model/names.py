@@ -22,6 +22,13 @@ SILENCE_LATENT = "silence_latent"
 # The parts of an original checkpoint that turn audio into 5 Hz tokens and back: covers need them, training never does.
 AUDIO_TOKEN_PREFIXES = ("tokenizer.", "detokenizer.")
 
+# Which linear layers of a block read the same input: diffusers' names, part by part.
+SAME_INPUT = {
+    "self_attn": (("to_q", "to_k", "to_v"), ("to_out.0",)),
+    "cross_attn": (("to_q",), ("to_k", "to_v"), ("to_out.0",)),
+    "mlp": (("gate_proj", "up_proj"), ("down_proj",)),
+}
+
 
 def _whole_parts(table: dict[str, str]) -> re.Pattern[str]:
     """Match any of the table's names where it is one or more whole dot-separated parts of a longer name."""

@@ -15,7 +15,6 @@ from torch.nn import Parameter
 
 from sidestep.errors import ConfigError
 from sidestep.events import Emit, Notice
-from sidestep.model.attention import blocks_of
 from sidestep.training.passes import CapturedPasses, EagerPasses, Model, Passes
 
 # A compiled pass saves some 30 ms on a large card and more on a small one; compiling takes about 40 s.
@@ -67,6 +66,6 @@ def make_passes(model: Model, parameters: Sequence[Parameter], scaler: GradScale
 def compile_blocks(model: Model, *, any_length: bool) -> None:
     """Have the decoder's blocks compiled at their first use; `any_length` when a run has several lengths."""
     torch._dynamo.config.recompile_limit = COMPILATIONS
-    blocks: list[Callable[..., Tensor]] = [torch.compile(block) for block in blocks_of(model.decoder)]
+    blocks: list[Callable[..., Tensor]] = [torch.compile(block) for block in model.blocks]
     model.compiled_blocks = blocks
     model.any_length = any_length

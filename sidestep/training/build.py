@@ -2,6 +2,7 @@
 
 import torch
 from diffusers.models.transformers.ace_step_transformer import AceStepTransformer1DModel
+from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
 from sidestep.config.rank_map import RankMap
@@ -9,15 +10,17 @@ from sidestep.config.recipe import Recipe, learning_rate_of
 from sidestep.config.train import TrainConfig
 from sidestep.errors import NoRoomError
 from sidestep.events import Emit, Notice
-from sidestep.model.attention import use_processors
+from sidestep.model.attention import CrossAttention, use_processors
 from sidestep.model.checkpoint import Checkpoint
-from sidestep.model.device import reset_memory_peak
+from sidestep.model.device import free_memory, reset_memory_peak
 from sidestep.model.dropout import seed_dropout
+from sidestep.model.fuse import Fused, fuse
 from sidestep.model.loading import load_decoder, load_null_condition
 from sidestep.model.quantize import quantize_blocks
 from sidestep.training.accelerate import can_capture, make_passes
 from sidestep.training.adapters import ADAPTERS
 from sidestep.training.adapters.base import Adapter, target_names
+from sidestep.training.adapters.lora import LoraAdapter, plain_loras
 from sidestep.training.objective import MinSnr
 from sidestep.training.optimizers import make_optimizer
 from sidestep.training.passes import Model
@@ -74,19 +77,34 @@ def _model(
     if config.init_from and config.resume_from is None:
         adapter.read(config.init_from)
     decoder.train()
+    cross_attention, dropout_seed = (
+        use_processors(decoder, device=device, dtype=dtype),
+        seed_dropout(decoder, config.dropout),
+    )
     model = Model(
         decoder=decoder,
-        cross_attention=use_processors(decoder, device=device, dtype=dtype),
+        cross_attention=cross_attention,
         null_condition=load_null_condition(checkpoint, device=device, dtype=dtype),
         weighting=MinSnr.normed(recipe.snr_gamma, sampler) if recipe.loss_weighting == "min_snr" else None,
         recompute=recomputed_blocks(
             layers, config.gradient_checkpointing_ratio if config.gradient_checkpointing else 0.0
         ),
-        dropout_seed=seed_dropout(decoder, config.dropout),
+        dropout_seed=dropout_seed,
+        fused=fused_blocks(decoder, adapter, cross_attention),
         device=device,
         dtype=dtype,
     )
+    free_memory(device)  # Weights that were moved or packed leave holes.
     return model, adapter
+
+
+def fused_blocks(decoder: AceStepTransformer1DModel, adapter: Adapter, cross_attention: CrossAttention) -> Fused | None:
+    """Fuse the blocks where there is plain LoRA on plain linear layers: whole weights, no biases."""
+    loras = plain_loras(adapter, decoder) if isinstance(adapter, LoraAdapter) else {}
+    linears = [module for block in decoder.layers for module in block.modules() if isinstance(module, nn.Linear)]
+    if not loras or any(type(linear) is not nn.Linear or linear.bias is not None for linear in linears):
+        return None
+    return fuse(decoder, loras, cross_attention)
 
 
 def frozen_decoder(

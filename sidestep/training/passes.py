@@ -16,6 +16,7 @@ from torch.nn import Parameter
 from sidestep.model.attention import CrossAttention, blocks_of
 from sidestep.model.device import autocast
 from sidestep.model.forward import velocity
+from sidestep.model.fuse import Fused
 from sidestep.training.batches import Batch
 from sidestep.training.objective import Task, drop_conditions, flow_matching_losses, noisy_latents
 
@@ -35,8 +36,14 @@ class Model:
     dropout_seed: Tensor
     device: torch.device
     dtype: torch.dtype
+    fused: Fused | None = None
     compiled_blocks: Sequence[Callable[..., Tensor]] | None = None
     any_length: bool = False
+
+    @property
+    def blocks(self) -> Sequence[Callable[..., Tensor]]:
+        """The decoder's blocks as they train, before any compilation."""
+        return self.fused.blocks if self.fused else blocks_of(self.decoder)
 
     def losses(self, task: Task, *, compiled: bool = False) -> Tensor:
         """Return the unweighted loss of each sample, [B] float32; the task is on the model's device."""
@@ -56,13 +63,15 @@ class Model:
         """
         condition_BLD = drop_conditions(task.condition_BLD.to(self.dtype), self.null_condition, task.is_dropped_B)
         blocks = self.compiled_blocks if compiled else None
+        if self.fused:
+            self.fused.refresh()
         return velocity(
             self.decoder,
             hidden_states_BTC=noisy_latents(task).to(self.dtype),
             timestep_B=task.timesteps_B.to(self.dtype),
             condition_BLD=condition_BLD,
             context_BTC=task.context_BTC.to(self.dtype),
-            blocks=blocks or blocks_of(self.decoder),
+            blocks=blocks or self.blocks,
             recompute=self.recompute,
             any_length=blocks is not None and self.any_length,
         )

@@ -129,7 +129,7 @@ def test_a_part_of_the_blocks_is_recomputed_and_the_weights_are_the_same(
     run = prepare(config, base, songs, tmp_path / "run")
     calls = []
     for block in run.stepper.model.decoder.layers:
-        block.mlp.register_forward_hook(lambda *call: calls.append(1))
+        block.mlp_norm.register_forward_hook(lambda *call: calls.append(1))
     (batch,) = run.batches.epoch(0)
     run.stepper([batch], lr=1e-3, seeds=[1])
     assert len(calls) == 4 + expected

@@ -18,6 +18,7 @@ from torch.nn import Parameter, functional
 
 from sidestep.config.runs import LORA_CONFIG
 from sidestep.errors import ModelError
+from sidestep.model.fused import Lora
 from sidestep.model.names import to_diffusers, to_original
 from sidestep.training.adapters.base import diffusers_names, freeze, target_suffixes, trained_parameters
 from sidestep.training.adapters.files import LORA_FILE, find_weights, read_weights, write_weights
@@ -188,6 +189,22 @@ def attach_lora(
         bias=bias,
         is_dora=use_dora,
     )
+
+
+def plain_loras(adapter: LoraAdapter, decoder: nn.Module) -> dict[str, Lora]:
+    """Return each module's LoRA by diffusers' name, where that is all there is: nothing for DoRA or trained biases."""
+    count = sum(1 for name in adapter.parameters if name.endswith(("lora_A.weight", "lora_B.weight")))
+    if adapter.is_dora or count < len(adapter.parameters):
+        return {}
+    return {
+        to_diffusers(name): Lora(
+            adapter.parameters[f"{name}.lora_A.weight"],
+            adapter.parameters[f"{name}.lora_B.weight"],
+            adapter.scalings[name],
+            decoder.get_submodule(f"{to_diffusers(name)}.lora_dropout.default"),
+        )
+        for name in adapter.modules
+    }
 
 
 def _start_from(start: Mapping[str, Tensor], trained: Mapping[str, Parameter]) -> None:
