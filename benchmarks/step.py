@@ -25,13 +25,15 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 from benchmarks.subject import SIZES, Machine, build_decoder, clear, make_batch, meta_decoder, step_tflop, this_machine
+from sidestep.config.train import TrainConfig
+from sidestep.model import attention
 from sidestep.model.attention import use_processors
 from sidestep.model.dropout import seed_dropout
 from sidestep.model.names import to_diffusers
 from sidestep.model.quantize import quantize_blocks
 from sidestep.training.accelerate import compile_blocks, make_passes
+from sidestep.training.adapters import ADAPTERS
 from sidestep.training.adapters.base import target_names
-from sidestep.training.adapters.lora import attach_lora
 from sidestep.training.batches import Batch
 from sidestep.training.build import fused_blocks, recomputed_blocks
 from sidestep.training.objective import noisy_latents
@@ -58,6 +60,8 @@ class Case:
     optimizer: str
     quantize: str
     is_fused: bool
+    adapter: str
+    has_padding: bool
 
 
 @dataclass(slots=True)
@@ -131,7 +135,8 @@ def ours(case: Case, machine: Machine) -> Subject:
         quantize_blocks(decoder, case.quantize, device=machine.device)
         clear(machine.device)
     layers = len(decoder.layers)
-    adapter = attach_lora(decoder, adapted(layers), rank=case.rank, alpha=2 * case.rank, dropout=case.dropout)
+    config = TrainConfig(adapter_type=case.adapter, rank=case.rank, alpha=2.0 * case.rank, dropout=case.dropout)  # pyright: ignore
+    adapter = ADAPTERS[case.adapter](decoder, adapted(layers), config)
     fill_b(decoder)
     decoder.train()
     cross_attention = use_processors(decoder, device=machine.device, dtype=machine.dtype)
@@ -182,7 +187,7 @@ def fill_b(decoder: torch.nn.Module) -> None:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in sorted(decoder.named_parameters()):
-            if "lora_" in name:
+            if "lora_A" in name or "lora_B" in name:
                 scale = 0.02 if "lora_B" in name else parameter.shape[1] ** -0.5
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
@@ -192,7 +197,10 @@ def measure(case: Case, machine: Machine, steps: int, kernels: int) -> tuple[Res
     clear(machine.device)
     result, gradient = Result(case), torch.empty(0)
     shape = meta_decoder(case.size)
-    batches = [make_batch(shape, case.seconds, batch_size=case.batch_size, seed=seed) for seed in range(4)]
+    batches = [
+        make_batch(shape, case.seconds, batch_size=case.batch_size, seed=seed, has_padding=case.has_padding)
+        for seed in range(4)
+    ]
     try:
         subject = (reference if case.mode == "reference" else ours)(case, machine)
         start = time.perf_counter()
@@ -271,6 +279,8 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
             optimizer=arguments.optimizer,
             quantize=arguments.quantize,
             is_fused=not arguments.unfused,
+            adapter=arguments.adapter,
+            has_padding=arguments.padded,
         )
         for seconds in arguments.seconds
         for recomputed in arguments.recompute
@@ -281,7 +291,8 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
 def table(results: list[Result], agreement: list[float]) -> str:
     """Return the results as a Markdown table, with ratios to the reference of the same length and recomputation."""
     columns = (
-        "length|recomputed|mode|step ms|GPU-busy ms|peak GiB|MFU|x faster|x less busy|loss|gradient differs|first s"
+        "length|recomputed|mode|step ms|GPU-busy ms|peak GiB|MFU|x faster|x less busy|loss|loss after"
+        "|gradient differs|first s"
     )
     lines = [f"| {columns.replace('|', ' | ')} |", "|---" * (columns.count("|") + 1) + "|"]
     base: dict[tuple[float, float], Result] = {}
@@ -295,8 +306,8 @@ def table(results: list[Result], agreement: list[float]) -> str:
         lines.append(
             f"| {case.seconds:g} s | {case.recomputed:g} | {case.mode} | {step} | {result.busy_ms:.1f} "
             f"| {result.peak_gib:.2f} | {result.mfu:.1%} | {first.step_ms / result.step_ms:.1f} "
-            f"| {first.busy_ms / result.busy_ms:.2f} | {result.first_loss:.4f} | {difference:.4f} "
-            f"| {result.first_step_s:.1f} |"
+            f"| {first.busy_ms / result.busy_ms:.2f} | {result.first_loss:.4f} | {result.last_loss:.6f} "
+            f"| {difference:.4f} | {result.first_step_s:.1f} |"
         )
     return "\n".join(lines)
 
@@ -305,6 +316,8 @@ def main() -> None:
     """Measure, print the table, write the JSON."""
     arguments = parse()
     machine = this_machine()
+    if arguments.portable:
+        attention.window_kernel_for = lambda device, dtype: attention.block_window
     if machine.device.type == "cuda" and arguments.cap:
         total = torch.cuda.get_device_properties(0).total_memory / GIB
         torch.cuda.set_per_process_memory_fraction(arguments.cap / total)
@@ -330,6 +343,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, nargs="+", default=[60, 120, 240])
     parser.add_argument("--recompute", type=float, nargs="+", default=[0, 1], help="shares of the blocks")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--adapter", default="lora", choices=sorted(ADAPTERS), help="ours only")
+    parser.add_argument(
+        "--padded", action="store_true", help="a prompt shorter than its rows, behind a mask; ours only"
+    )
+    parser.add_argument("--portable", action="store_true", help="sliding attention as where there is no window kernel")
     parser.add_argument("--size", choices=sorted(SIZES), default="2b" if torch.cuda.is_available() else "tiny")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--rank", type=int, default=64)

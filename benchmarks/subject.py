@@ -60,8 +60,13 @@ def meta_decoder(size: str) -> AceStepTransformer1DModel:
         return AceStepTransformer1DModel(**SIZES[size])
 
 
-def make_batch(decoder: AceStepTransformer1DModel, seconds: float, *, batch_size: int, seed: int) -> Batch:
-    """Return a batch of random latents on the CPU, pinned where there is a GPU."""
+def make_batch(
+    decoder: AceStepTransformer1DModel, seconds: float, *, batch_size: int, seed: int, has_padding: bool = False
+) -> Batch:
+    """Return a batch of random latents on the CPU, pinned where there is a GPU.
+
+    `has_padding`: the last fifth of the prompt's rows is padding, behind a mask.
+    """
     generator = torch.Generator().manual_seed(seed)
     frames = round(seconds * FRAMES_PER_SECOND)
     config = decoder.config
@@ -74,7 +79,7 @@ def make_batch(decoder: AceStepTransformer1DModel, seconds: float, *, batch_size
         latents_BTC=normal(frames, 64),
         context_BTC=normal(frames, 128),
         condition_BLD=normal(PROMPT_ROWS, width),
-        rows_BL=None,
+        rows_BL=(torch.arange(PROMPT_ROWS) < PROMPT_ROWS * 4 // 5).repeat(batch_size, 1) if has_padding else None,
         noise_BTC=normal(frames, 64),
         timesteps_B=torch.rand(batch_size, generator=generator),
         is_dropped_B=torch.zeros(batch_size, dtype=torch.bool),

@@ -68,7 +68,7 @@ def write_songs(folder: Path, *, shortest: float, longest: float, width: int) ->
 def reference_seconds(size: str, lengths: list[float], passes: int) -> float:
     """Return the wall time of one pass of the reference loop, the mean over these lengths."""
     case = Case(mode="reference", seconds=0, recomputed=1, batch_size=1, size=size, rank=64, dropout=0.1,
-                optimizer="adamw", quantize="none")  # fmt: skip
+                optimizer="adamw", quantize="none", is_fused=False, adapter="lora", has_padding=False)  # fmt: skip
     machine = this_machine()
     subject = reference(case, machine)
     decoder = build_decoder("tiny", machine) if machine.device.type == "cpu" else build_decoder(size, machine)

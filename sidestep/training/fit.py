@@ -19,6 +19,10 @@ from sidestep.training.batches import Batch, Draw, collate_draws
 
 GIB = 2**30
 WINDOW = 60  # Seconds; the window that is proposed where whole songs are too long.
+# What a block keeps for its backward pass, in bytes for each patch and channel: a little over what was measured on an
+# H100 with dropout (benchmarks/step.py, 60 to 240 s), compiled and not.
+KEPT_COMPILED, KEPT = 45, 100
+ROOM = 0.8  # The share of the device's memory up to which keeping it all is proposed.
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +87,25 @@ def assemble_fitting(config: TrainConfig, *, emit: Emit, **parts: Any) -> Run:
 def report(run: Run, fit: Fit, emit: Emit) -> None:
     """Say what was measured, and how long the run will take at most."""
     left = (run.pace.total_steps - run.state.step) * fit.step_seconds
+    room = " There is room for --no-gradient-checkpointing, which takes about a quarter less time."
     emit(
         Notice(
             text=f"Measured at the longest sample ({run.longest_seconds:g} s): {fit.peak_gib:.1f} of "
             f"{fit.device_gib:.0f} GiB, {fit.step_seconds:.2f} s a step; {_duration(left)} to the end at most."
+            f"{room if has_room_for_activations(run, fit) else ''}"
         )
     )
+
+
+def has_room_for_activations(run: Run, fit: Fit) -> bool:
+    """Say whether a run that recomputes every block could keep their activations instead, with memory to spare."""
+    if not run.config.gradient_checkpointing or run.config.gradient_checkpointing_ratio < 1:
+        return False
+    decoder, plan = run.stepper.model.decoder, run.batches.plan
+    patches = -(-max(group.frames for group in plan.groups) // decoder.patch_size) * plan.batch_size
+    kept = KEPT_COMPILED if run.stepper.model.compiled_blocks else KEPT
+    activations = patches * len(decoder.layers) * decoder.config["hidden_size"] * kept / GIB
+    return fit.peak_gib + activations < ROOM * fit.device_gib
 
 
 def ways_to_take_less(config: TrainConfig, seconds: float) -> list[TrainConfig]:

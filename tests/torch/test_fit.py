@@ -12,7 +12,7 @@ from sidestep.model.checkpoint import Checkpoint
 from sidestep.training import fit
 from sidestep.training.assemble import Run
 from sidestep.training.fit import Fit, assemble_fitting, flags_between, takes_less, ways_to_take_less
-from tests.torch.tiny import tiny_config, write_songs
+from tests.torch.tiny import prepare, tiny_config, write_songs
 
 
 def test_the_cheapest_ways_come_first_and_keep_the_effective_batch():
@@ -65,3 +65,25 @@ def test_auto_fit_goes_down_until_a_step_fits(
     texts = [event.text for event in events if isinstance(event, Notice)]
     assert texts[-1] == "Measured at the longest sample (2 s): 3.5 of 8 GiB, 2.00 s a step; 10 s to the end at most."
     assert "That does not fit; trying with --quantize int8." in texts
+
+
+@pytest.mark.parametrize(
+    ("settings", "peak_gib", "device_gib", "is_proposed"),
+    [
+        ({}, 4.0, 24.0, True),
+        ({}, 4.0, 5.0, False),
+        ({}, 4.0, 4.0 / fit.ROOM, False),
+        ({"gradient_checkpointing_ratio": 0.5}, 4.0, 24.0, False),
+        ({"gradient_checkpointing": False}, 4.0, 24.0, False),
+    ],
+)
+def test_keeping_activations_is_proposed_where_there_is_room_for_them(
+    settings: dict[str, object], peak_gib: float, device_gib: float, is_proposed: bool, tmp_path: Path, base: Checkpoint
+):
+    songs = write_songs(tmp_path / "songs", base, (50,))
+    run = prepare(tiny_config(**{"gradient_checkpointing": True, **settings}), base, songs, tmp_path / "run")
+    found: list[Event] = []
+    fit.report(run, Fit(step_seconds=1.0, peak_gib=peak_gib, device_gib=device_gib), found.append)
+    (notice,) = found
+    assert isinstance(notice, Notice)
+    assert ("--no-gradient-checkpointing" in notice.text) == is_proposed
