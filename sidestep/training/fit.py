@@ -99,7 +99,9 @@ def report(run: Run, fit: Fit, emit: Emit) -> None:
 
 def has_room_for_activations(run: Run, fit: Fit) -> bool:
     """Say whether a run that recomputes every block could keep their activations instead, with memory to spare."""
-    if not run.config.gradient_checkpointing or run.config.gradient_checkpointing_ratio < 1:
+    config = run.config
+    # --auto-fit may have just found that there is none.
+    if config.auto_fit or not config.gradient_checkpointing or config.gradient_checkpointing_ratio < 1:
         return False
     decoder, plan = run.stepper.model.decoder, run.batches.plan
     patches = -(-max(group.frames for group in plan.groups) // decoder.patch_size) * plan.batch_size
