@@ -192,8 +192,9 @@ def fill_b(decoder: torch.nn.Module) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
-def measure(case: Case, machine: Machine, steps: int, kernels: int) -> tuple[Result, Tensor]:
+def measure(case: Case, machine: Machine, arguments: argparse.Namespace) -> tuple[Result, Tensor]:
     """Measure a case; returns the first step's clipped gradient as well. A case that does not fit says so."""
+    limit_memory(machine, 0)
     clear(machine.device)
     result, gradient = Result(case), torch.empty(0)
     shape = meta_decoder(case.size)
@@ -203,13 +204,15 @@ def measure(case: Case, machine: Machine, steps: int, kernels: int) -> tuple[Res
     ]
     try:
         subject = (reference if case.mode == "reference" else ours)(case, machine)
+        clear(machine.device)
+        limit_memory(machine, arguments.cap)
         start = time.perf_counter()
         result.first_loss = float(subject.run(batches[0]))
         result.first_step_s = time.perf_counter() - start
         gradient = torch.cat([p.grad.flatten().cpu() for p in subject.parameters if p.grad is not None])
-        _time(result, subject, batches, machine, steps)
-        if kernels and machine.device.type == "cuda":
-            print(kernel_table(profiled(subject, batches), kernels))
+        _time(result, subject, batches, machine, arguments.steps)
+        if arguments.kernels and machine.device.type == "cuda":
+            print(kernel_table(profiled(subject, batches), arguments.kernels))
     except torch.OutOfMemoryError:
         result.problem = "out of memory"
         return result, gradient
@@ -218,6 +221,13 @@ def measure(case: Case, machine: Machine, steps: int, kernels: int) -> tuple[Res
         tflop = step_tflop(shape, case.seconds, case.rank, names) * case.batch_size
         result.mfu = tflop / result.step_ms * 1e3 / machine.matmul_tflops
     return result, gradient
+
+
+def limit_memory(machine: Machine, gib: float) -> None:
+    """Let torch allocate so much of the device from now on; 0 is all. The random weights may have taken more."""
+    if machine.device.type == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory / GIB
+        torch.cuda.set_per_process_memory_fraction(gib / total if gib else 1.0)
 
 
 def _time(result: Result, subject: Subject, batches: list[Batch], machine: Machine, steps: int) -> None:
@@ -318,14 +328,11 @@ def main() -> None:
     machine = this_machine()
     if arguments.portable:
         attention.window_kernel_for = lambda device, dtype: attention.block_window
-    if machine.device.type == "cuda" and arguments.cap:
-        total = torch.cuda.get_device_properties(0).total_memory / GIB
-        torch.cuda.set_per_process_memory_fraction(arguments.cap / total)
     print(f"{machine.name}, torch {torch.__version__}, matmul ceiling {machine.matmul_tflops:.0f} TFLOP/s", flush=True)
     results, agreement = [], []
     gradients: dict[tuple[float, float], Tensor] = {}
     for case in cases(arguments):
-        result, gradient = measure(case, machine, arguments.steps, arguments.kernels)
+        result, gradient = measure(case, machine, arguments)
         compared = gradients.setdefault((case.seconds, case.recomputed), gradient)
         same = compared.numel() == gradient.numel() > 0
         results.append(result)

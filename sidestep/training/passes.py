@@ -154,7 +154,7 @@ class CapturedPasses:
                 self._pass(task, share)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             loss = self._pass(task, share)
         self._pool = self._pool or graph.pool()
         return _Captured(graph, task, share, loss)

@@ -9,7 +9,9 @@ PATIENCE = 5.0  # Seconds; a driver that is only waking up needs one or two.
 QUERY = ("--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
 
 # The least memory in GB and the preset meant for it, the largest first.
-PRESETS_BY_MEMORY = ((24, "vram_24gb_plus"), (16, "vram_16gb"), (12, "vram_12gb"), (10, "vram_10gb"), (8, "vram_8gb"))
+PRESETS_BY_MEMORY = (
+    (24, "vram_24gb_plus"), (16, "vram_16gb"), (12, "vram_12gb"), (10, "vram_10gb"), (8, "vram_8gb"), (6, "vram_6gb"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

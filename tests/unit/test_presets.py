@@ -27,6 +27,7 @@ from sidestep.ui.machine import PRESETS_BY_MEMORY
 
 PROMISED = {
     "recommended", "high_quality", "quick_test", "vram_24gb_plus", "vram_16gb", "vram_12gb", "vram_10gb", "vram_8gb",
+    "vram_6gb",
 }  # fmt: skip
 FOLDERS = {"dataset_dir": "tensors", "output_dir": "out"}
 

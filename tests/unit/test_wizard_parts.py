@@ -239,7 +239,8 @@ def test_a_driver_that_does_not_answer_is_not_known(failure: Exception, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("memory", "preset"), [(6, ""), (8, "vram_8gb"), (11, "vram_10gb"), (16, "vram_16gb"), (80, "vram_24gb_plus")]
+    ("memory", "preset"),
+    [(4, ""), (6, "vram_6gb"), (8, "vram_8gb"), (11, "vram_10gb"), (16, "vram_16gb"), (80, "vram_24gb_plus")],
 )
 def test_each_size_of_memory_has_its_preset(memory: int, preset: str):
     assert Gpu("Card", memory).preset == preset
