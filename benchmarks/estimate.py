@@ -63,6 +63,9 @@ def training_step(arguments: argparse.Namespace, seconds: float, machine: Machin
         dropout=0.0,
         optimizer="adamw",
         quantize=arguments.quantize,
+        is_fused=True,
+        adapter="lora",
+        has_padding=False,
     )
     subject = ours(case, machine)
     batches = [make_batch(meta_decoder(arguments.size), seconds, batch_size=1, seed=seed) for seed in range(2)]
