@@ -4,11 +4,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
 from sidestep.errors import DataError
 from sidestep.events import Emit, StageDone, StageStarted, TrackDone, TrackSkipped
+from sidestep.preprocess.tensors import is_finite
 
 
 class Named(Protocol):
@@ -53,7 +53,7 @@ def run_stage(title: str, items: Sequence[Item], work: Callable[[Item], bool | N
 
 def finite(tensor: Tensor, what: str) -> Tensor:
     """The tensor itself. Raises DataError when it holds a number that is not finite."""
-    if not bool(torch.isfinite(tensor).all()):
+    if not is_finite(tensor):
         raise DataError(
             f"Its {what} hold numbers that are not finite.",
             hint="Try --precision fp32; if it stays, leave this song out.",
