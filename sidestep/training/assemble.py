@@ -85,7 +85,7 @@ def assemble(
     recipe = resolve_recipe(config, name=recipe_name, is_turbo=checkpoint.is_turbo)
     if config.shift is not None and config.timestep_mode == "auto" and recipe.timestep_mode == "continuous":
         emit(Notice(text=f"--shift has no effect here: {checkpoint.variant} trains on continuous timesteps."))
-    songs = find_songs(dataset_dir, checkpoint, emit=emit)
+    songs = find_songs(dataset_dir, checkpoint, emit=emit, num_workers=config.num_workers)
     trained_on, held_out = hold_out(songs, config.val_split)
     plan = _plan(config, trained_on, few_lengths=can_capture(device, dtype), emit=emit)
     identity = {"songs": dataset_fingerprint(songs), "decoder": decoder_fingerprint(checkpoint)}

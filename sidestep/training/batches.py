@@ -281,7 +281,8 @@ class _EpochOrder:
         return self.plan.batches_per_epoch - self.position
 
 
-def _leave_signals_to_the_main_process(worker: int) -> None:
+def leave_signals_to_the_main_process(worker: int) -> None:
+    """Make a reading process outlive Ctrl-C, and SIGTERM for as long as the main one takes to finish its step."""
     # Ctrl-C and a job manager's SIGTERM reach every process of the group; a worker that dies of one, or that runs the
     # handler it was forked with, takes the step down that is to be finished.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -313,6 +314,7 @@ class Batches:
     rows: int = 0
     _order: _EpochOrder = field(init=False)
     _loader: DataLoader[_Item | SidestepError] = field(init=False)
+    _begun: tuple[int, Iterator[Batch | SidestepError]] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._order = _EpochOrder(self.plan)
@@ -324,7 +326,7 @@ class Batches:
             pin_memory=self.pin_memory,
             prefetch_factor=self.prefetch_factor if self.num_workers else None,
             persistent_workers=self.persistent_workers and self.num_workers > 0,
-            worker_init_fn=_leave_signals_to_the_main_process,
+            worker_init_fn=leave_signals_to_the_main_process,
         )
 
     def epoch(self, epoch: int, *, position: int = 0) -> Iterator[Batch]:
@@ -332,17 +334,27 @@ class Batches:
 
         Raises the DataError of a file that went bad, and ReadingError when a reading process was killed.
         """
+        begun, self._begun = self._begun, None
+        batches = begun[1] if begun and begun[0] == epoch and not position else self._begin(epoch, position)
+        count = self.plan.batches_per_epoch - position
+        for place in range(count):
+            batch = self._next(batches)
+            if isinstance(batch, SidestepError):
+                raise batch
+            if self.num_workers and place == count - 1:
+                # The next epoch's first batches are read while the last of this one is trained on.
+                self._begun = epoch + 1, self._begin(epoch + 1, 0)
+            yield batch
+
+    def _begin(self, epoch: int, position: int) -> Iterator[Batch | SidestepError]:
         self._order.epoch, self._order.position = epoch, position
         batches = iter(self._loader)
         _learn_of_dead_readers_from_the_next_batch()
-        while (batch := self._next(batches)) is not None:
-            if isinstance(batch, SidestepError):
-                raise batch
-            yield batch
+        return batches
 
-    def _next(self, batches: Iterator[Batch | SidestepError]) -> Batch | SidestepError | None:
+    def _next(self, batches: Iterator[Batch | SidestepError]) -> Batch | SidestepError:
         try:
-            return next(batches, None)
+            return next(batches)
         except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
             # The last three: the process died before it had handed over the memory of a finished batch.
             if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):

@@ -15,6 +15,7 @@ from sidestep.training.batches import Batch, Batches, mix
 from sidestep.training.schedules import lr_factor
 from sidestep.training.state import TrainState
 from sidestep.training.step import Stepper, StepReading, check
+from sidestep.training.transfer import on_device
 
 Reason = Literal["finished", "early_stop", "interrupted"]
 
@@ -63,7 +64,8 @@ def _epochs(
         hooks.save()
 
     while state.step < pace.total_steps:
-        for group in _groups(batches.epoch(state.epoch, position=state.batch), pace.gradient_accumulation):
+        read = on_device(batches.epoch(state.epoch, position=state.batch), stepper.model.device)
+        for group in _groups(read, pace.gradient_accumulation):
             _step(group, state, stepper=stepper, pace=pace, readings=readings, emit=emit)
             hooks.after_step()
             if state.step >= pace.total_steps:

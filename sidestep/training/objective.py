@@ -63,9 +63,9 @@ class Task:
         """Return the tensors in the order of their declaration."""
         return tuple(getattr(self, name) for name in self.__slots__)
 
-    def to(self, device: torch.device) -> "Task":
-        """Return the task on another device; copies from pinned memory do not block."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+    def to(self, device: torch.device, *, copy: bool = False) -> "Task":
+        """Return the task on another device; copies from pinned memory do not block. `copy`: even if it is there."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True, copy=copy))
 
     def pin_memory(self) -> "Task":
         """Return the task in pinned memory; called by torch's DataLoader."""

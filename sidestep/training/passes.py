@@ -145,7 +145,7 @@ class CapturedPasses:
         return captured.loss.clone()
 
     def _capture(self, like: Task) -> _Captured:
-        task = like.to(self.model.device)
+        task = like.to(self.model.device, copy=True)
         share = torch.zeros((), device=self.model.device)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

@@ -1,22 +1,34 @@
 """The songs of a dataset folder: checked against the model, and divided into those to train on and those held out."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sidestep.errors import ConfigError, DataError
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from sidestep.errors import ConfigError, DataError, SidestepError
 from sidestep.events import Emit, Notice
 from sidestep.model.checkpoint import Checkpoint, encoder_fingerprint
-from sidestep.preprocess.tensors import read_header, sample_paths
-from sidestep.training.batches import Song
+from sidestep.preprocess.tensors import Header, read_header, sample_paths
+from sidestep.training.batches import Song, leave_signals_to_the_main_process
+
+# A header takes half a millisecond, whatever the song's length: fewer files are not worth the start of a process.
+MANY_FILES = 2000
+_FILES_AT_ONCE = 64
+_READ_KEYS = frozenset({"encoder_fingerprint", "model_variant", "latents_key", "condition_key"})
 
 
-def find_songs(folder: Path, checkpoint: Checkpoint, *, emit: Emit) -> list[Song]:
-    """Return the songs of a tensor folder; DataError unless all of them were made for this model."""
+def find_songs(folder: Path, checkpoint: Checkpoint, *, emit: Emit, num_workers: int = 0) -> list[Song]:
+    """Return the songs of a tensor folder; DataError unless all of them were made for this model.
+
+    Thousands of files are opened by `num_workers` processes.
+    """
     fingerprint = encoder_fingerprint(checkpoint)
     songs, unknown = [], 0
-    for path in sample_paths(folder):
-        header = read_header(path)
+    paths = sample_paths(folder)
+    for path, header in zip(paths, _headers(paths, num_workers), strict=True):
         if header.condition_width != checkpoint.encoder_width:
             raise DataError(
                 f"{path.name} has conditions of width {header.condition_width}; "
@@ -43,6 +55,40 @@ def find_songs(folder: Path, checkpoint: Checkpoint, *, emit: Emit) -> list[Song
             )
         )
     return songs
+
+
+@dataclass(frozen=True, slots=True)
+class _Headers(Dataset["Header | SidestepError"]):
+    """The headers of tensor files, as far as a run needs them; what is wrong with one comes in its place."""
+
+    paths: Sequence[Path]
+
+    def __getitem__(self, place: int) -> "Header | SidestepError":
+        try:
+            header = read_header(self.paths[place])
+        except SidestepError as error:
+            return error
+        return replace(header, metadata={key: header.metadata[key] for key in _READ_KEYS & header.metadata.keys()})
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+def _headers(paths: Sequence[Path], num_workers: int) -> Iterator[Header]:
+    """Yield the header of every file; raises the DataError of the first one that cannot be read."""
+    loader = DataLoader(
+        _Headers(paths),
+        batch_size=_FILES_AT_ONCE,
+        num_workers=num_workers if len(paths) >= MANY_FILES else 0,
+        collate_fn=list[Header | SidestepError],
+        generator=torch.Generator(),  # Or it would draw from the one that seeds the adapter.
+        worker_init_fn=leave_signals_to_the_main_process,
+    )
+    for headers in loader:
+        for header in headers:
+            if isinstance(header, SidestepError):
+                raise header
+            yield header
 
 
 def hold_out(songs: Sequence[Song], share: float) -> tuple[list[Song], list[Song]]:
