@@ -47,13 +47,17 @@ class TrackSkipped:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageDone:
-    """The stage is over: how many tracks it finished and skipped, in how many seconds of wall time."""
+    """The stage is over: how many tracks it finished and skipped, in how many seconds of wall time.
+
+    In `waited_seconds` of them nothing could be computed, because the next song was still being read.
+    """
 
     title: str
     done: int
     skipped: int
     seconds: float
     unit: str = "song"
+    waited_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,6 +45,7 @@ __all__ = [
     "load_silence_latent",
     "load_text_encoder",
     "load_vae",
+    "silence_of",
 ]
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -124,8 +125,11 @@ def load_silence_latent(checkpoint: Checkpoint, *, frames: int | None = None) ->
         silence = _read(stored, device=torch.device("cpu"), dtype=torch.float32)[names.SILENCE_LATENT]
     else:
         silence = _read_silence_file(checkpoint, channels)
-    if frames is None:
-        return silence
+    return silence if frames is None else silence_of(silence, frames)
+
+
+def silence_of(silence: Tensor, frames: int) -> Tensor:
+    """So many frames [1, frames, 64] of the latent of silence [1, 15000, 64], which begins again where it ends."""
     repeats = -(-frames // SILENCE_FRAMES)
     return silence.repeat(1, repeats, 1)[:, :frames].contiguous()
 

@@ -97,12 +97,19 @@ def encode_wave(vae: AutoencoderOobleck, wave: Tensor, *, tile_frames: int = TIL
         raise DataError(f"{seconds:.3f} s of audio are less than one latent frame ({reach.hop / SAMPLE_RATE:.3f} s).")
     kept = []
     for first, last, start, end in tiles(frames, wave.shape[-1], reach=reach, tile_frames=tile_frames):
-        tile = wave[None, :, start:end].to(device=vae.device, dtype=vae.dtype)
-        posterior = vae.encode(tile, return_dict=False)[0]
+        posterior = vae.encode(_to_device(wave[None, :, start:end], vae), return_dict=False)[0]
         mean = posterior.mode()[0]
         offset = first - start // reach.hop
-        kept.append(mean[:, offset : offset + last - first].T.cpu())
-    return torch.cat(kept).contiguous()
+        # On the device until the whole song is encoded: the tiles follow each other without a wait.
+        kept.append(mean[:, offset : offset + last - first].T)
+    return torch.cat(kept).cpu().contiguous()
+
+
+def _to_device(tile: Tensor, vae: AutoencoderOobleck) -> Tensor:
+    if vae.device.type == "cuda":
+        # A copy from pageable memory would wait for the tile before it to be encoded.
+        return tile.pin_memory().to(vae.device, non_blocking=True).to(vae.dtype)
+    return tile.to(device=vae.device, dtype=vae.dtype)
 
 
 def tiles(frames: int, samples: int, *, reach: Reach, tile_frames: int) -> Iterator[tuple[int, int, int, int]]:

@@ -2,15 +2,16 @@
 
 Pass 1 encodes the audio with the VAE, then the words with the text encoder, and keeps both in `.pass1/`. Pass 2 encodes
 the condition and writes the tensor files. What still holds from an earlier run, finished or not, is not done again.
+On a GPU songs are read while others are encoded, and words are encoded for several songs at once (`stage.Flow`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Literal
 
 import torch
-from diffusers.pipelines.ace_step.modeling_ace_step import AceStepConditionEncoder
 from torch import Tensor
 
 from sidestep.data.audio import probe
@@ -19,14 +20,21 @@ from sidestep.errors import DataError, RunError
 from sidestep.events import Emit
 from sidestep.model.checkpoint import Checkpoint, check_encoders
 from sidestep.model.device import free_memory
-from sidestep.model.loading import load_condition_encoder, load_silence_latent, load_text_encoder, load_vae
+from sidestep.model.loading import load_condition_encoder, load_silence_latent, load_text_encoder, load_vae, silence_of
 from sidestep.preprocess.encode_audio import Loudness, encode_wave, load_wave
-from sidestep.preprocess.encode_condition import context_latents, encode_condition
-from sidestep.preprocess.encode_text import COUNTS, encode_prompt, report_truncation
+from sidestep.preprocess.encode_condition import context_latents, encode_conditions, encode_timbre
+from sidestep.preprocess.encode_text import (
+    COUNTS,
+    EncodedText,
+    PromptTokens,
+    encode_tokens,
+    tokenize_prompt,
+    truncation_notices,
+)
 from sidestep.preprocess.parts import has_part, make_parts_folder, read_part, remove_parts, write_part
 from sidestep.preprocess.plan import TIMBRE_FRAMES, Draft, Recipe, Song, draft_songs, make_recipe, plan_song
 from sidestep.preprocess.records import claim_folder
-from sidestep.preprocess.stage import finite, run_stage
+from sidestep.preprocess.stage import Flow, Work, Written, finite, run_stage
 from sidestep.preprocess.tensors import Sample, read_sample, write_sample
 
 
@@ -52,6 +60,10 @@ class _Run:
     encoder_device: torch.device
     dtype: torch.dtype
     emit: Emit
+    flow: Flow
+    """How songs overlap where the audio is computed."""
+    encoder_flow: Flow
+    """How they do where the words and the condition are."""
 
 
 def preprocess(
@@ -67,10 +79,12 @@ def preprocess(
     dtype: torch.dtype,
     emit: Emit,
     encoder_device: torch.device | None = None,
+    flow: Flow | None = None,
 ) -> PreprocessResult:
     """Turn the dataset's songs into tensor files in `output`, computed and stored in `dtype`.
 
-    `encoder_device` (`device` if not given) computes the words and the condition, `device` the audio.
+    `encoder_device` (`device` if not given) computes the words and the condition, `device` the audio. `flow` says how
+    songs overlap; without it the devices do.
 
     A song that cannot be used is reported as TrackSkipped and left out. Raises DataError when that is so for all of
     them or `output` belongs to another dataset, ModelError when the checkpoint lacks a part, RunError when memory or
@@ -89,6 +103,8 @@ def preprocess(
         encoder_device=encoder_device or device,
         dtype=dtype,
         emit=emit,
+        flow=flow or Flow.on(device),
+        encoder_flow=flow or Flow.on(encoder_device or device),
     )
     try:
         with torch.inference_mode():
@@ -102,7 +118,8 @@ def preprocess(
 
 def _preprocess(run: _Run, dataset: Dataset) -> PreprocessResult:
     timbre_frames = int(run.checkpoint.config.get("timbre_fix_frame", TIMBRE_FRAMES))
-    timbre = load_silence_latent(run.checkpoint, frames=timbre_frames)
+    silence = load_silence_latent(run.checkpoint)
+    timbre = silence_of(silence, timbre_frames)
     recipe = make_recipe(
         run.checkpoint, timbre=timbre, max_duration=run.max_duration, loudness=run.loudness, dtype=run.dtype
     )
@@ -114,7 +131,7 @@ def _preprocess(run: _Run, dataset: Dataset) -> PreprocessResult:
     free_memory(run.device)
     ready = _encode_texts(run, ready)
     free_memory(run.device)
-    done = _write_tensors(run, ready, timbre)
+    done = _write_tensors(run, ready, timbre=timbre, silence=silence)
     free_memory(run.device)
     remove_parts(run.output)
     if not done and not unchanged:
@@ -163,14 +180,19 @@ def _plan(run: _Run, dataset: Dataset, recipe: Recipe) -> list[Song]:
     drafts = draft_songs(dataset, max_duration=run.max_duration)
     songs: dict[str, Song] = {}
 
-    def compare(draft: Draft) -> bool:
-        song = plan_song(draft, recipe=recipe, output=run.output)
+    def keep(compared: Sequence[Song]) -> Sequence[Song]:
+        (song,) = compared
         if song.file in songs:
-            raise DataError(f"{draft.name} is in the dataset more than once.", hint="Set its repeat instead.")
+            raise DataError(f"{song.name} is in the dataset more than once.", hint="Set its repeat instead.")
         songs[song.file] = song
-        return song.is_unchanged
+        return compared
 
-    run_stage("Looking for what changed", drafts, compare, emit=run.emit)
+    work: Work[Draft, Song, Song] = Work(
+        read=lambda draft: plan_song(draft, recipe=recipe, output=run.output),
+        encode=keep,
+        write=lambda draft, song: Written(unchanged=song.is_unchanged),
+    )
+    run_stage("Looking for what changed", drafts, work, flow=run.flow, emit=run.emit)
     return list(songs.values())
 
 
@@ -181,12 +203,16 @@ def _encode_audio(run: _Run, songs: list[Song]) -> list[Song]:
         return songs
     vae = load_vae(run.checkpoint, device=run.device, dtype=run.dtype)
 
-    def encode(song: Song) -> None:
-        wave = load_wave(song.track.audio_path, max_seconds=run.max_duration, loudness=run.loudness)
-        latents = finite(encode_wave(vae, wave), "latents")
-        write_part(run.output, song.latents_part, {"latents": latents}, key=song.latents_key)
+    def write(song: Song, latents: Tensor) -> Written:
+        write_part(run.output, song.latents_part, {"latents": finite(latents, "latents")}, key=song.latents_key)
+        return Written()
 
-    return _without(songs, missing, run_stage("Pass 1: audio", missing, encode, emit=run.emit))
+    work: Work[Song, Tensor, Tensor] = Work(
+        read=lambda song: load_wave(song.track.audio_path, max_seconds=run.max_duration, loudness=run.loudness),
+        encode=lambda waves: [encode_wave(vae, wave) for wave in waves],
+        write=write,
+    )
+    return _without(songs, missing, run_stage("Pass 1: audio", missing, work, flow=run.flow, emit=run.emit))
 
 
 def _encode_texts(run: _Run, songs: list[Song]) -> list[Song]:
@@ -195,50 +221,85 @@ def _encode_texts(run: _Run, songs: list[Song]) -> list[Song]:
     if not missing:
         return songs
     tokenizer, encoder = load_text_encoder(run.checkpoint, device=run.encoder_device, dtype=run.dtype)
+    one_at_a_time = Lock()
 
-    def encode(song: Song) -> None:
-        encoded = encode_prompt(tokenizer, encoder, song.prompt)
+    def read(song: Song) -> PromptTokens:
+        with one_at_a_time:  # A tokenizer must not be used by two threads at once.
+            return tokenize_prompt(tokenizer, song.prompt)
+
+    def write(song: Song, encoded: EncodedText) -> Written:
         rows = {"text": finite(encoded.text, "text rows"), "lyrics": finite(encoded.lyrics, "lyrics rows")}
         write_part(run.output, song.text_part, rows, key=song.condition_key, facts=encoded.counts)
+        return Written()
 
-    return _without(songs, missing, run_stage("Pass 1: text", missing, encode, emit=run.emit))
+    work: Work[Song, PromptTokens, EncodedText] = Work(
+        read=read,
+        encode=lambda prompts: encode_tokens(encoder, prompts),
+        write=write,
+        rows=lambda prompt: prompt.text.ids.shape[1],
+    )
+    return _without(songs, missing, run_stage("Pass 1: text", missing, work, flow=run.encoder_flow, emit=run.emit))
 
 
-def _write_tensors(run: _Run, songs: list[Song], timbre: Tensor) -> list[Song]:
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What a song's tensor file is made of: its latents, and its words or the condition they once came to."""
+
+    latents: Tensor
+    counts: Mapping[str, int]
+    words: tuple[Tensor, Tensor] | None
+    condition: Tensor | None = None
+
+
+def _write_tensors(run: _Run, songs: list[Song], *, timbre: Tensor, silence: Tensor) -> list[Song]:
     """Pass 2: encode the condition where it changed and write the tensor files; returns the songs written."""
-    encoder = None
-    if not all(song.keeps_condition for song in songs):
-        encoder = load_condition_encoder(run.checkpoint, device=run.encoder_device, dtype=run.dtype)
 
-    def write(song: Song) -> None:
-        latents = _latents(run, song)
-        states, counts = _condition(run, song, encoder, timbre)
-        silence = load_silence_latent(run.checkpoint, frames=latents.shape[0]).to(run.dtype)
-        sample = Sample(latents, states, context_latents(silence), {**song.metadata, **counts})
+    def write(song: Song, parts: _Parts) -> Written:
+        assert parts.condition is not None  # Read from its file, or encoded.
+        context = context_latents(silence_of(silence, parts.latents.shape[0]).to(run.dtype))
+        sample = Sample(parts.latents, parts.condition, context, {**song.metadata, **parts.counts})
         write_sample(run.output / song.file, sample)
-        report_truncation(song.name, counts, emit=run.emit)
         remove_parts(run.output, song.latents_part)
         remove_parts(run.output, song.text_part)
+        return Written(notices=truncation_notices(song.name, parts.counts))
 
-    return run_stage("Pass 2: conditions and tensor files", songs, write, emit=run.emit)
+    encode: Callable[[Sequence[_Parts]], Sequence[_Parts]] = list
+    if not all(song.keeps_condition for song in songs):
+        encode = _condition_encoding(run, timbre)
+    work: Work[Song, _Parts, _Parts] = Work(
+        read=lambda song: _read_parts(run, song),
+        encode=encode,
+        write=write,
+        rows=lambda parts: parts.words[1].shape[1] if parts.words else 0,
+    )
+    return run_stage("Pass 2: conditions and tensor files", songs, work, flow=run.encoder_flow, emit=run.emit)
 
 
-def _latents(run: _Run, song: Song) -> Tensor:
-    """The latents [T, 64] of a song: those of its file where they still hold, else those of the first pass."""
-    if song.keeps_latents:
-        return read_sample(run.output / song.file).target_latents
-    return read_part(run.output, song.latents_part)[0]["latents"]
+def _condition_encoding(run: _Run, timbre: Tensor) -> Callable[[Sequence[_Parts]], Sequence[_Parts]]:
+    """Load the condition encoder; returns what gives songs with words their conditions."""
+    encoder = load_condition_encoder(run.checkpoint, device=run.encoder_device, dtype=run.dtype)
+    timbre_row = encode_timbre(encoder, timbre)
+
+    def encode(songs: Sequence[_Parts]) -> Sequence[_Parts]:
+        words = [song.words for song in songs if song.words is not None]
+        conditions = iter(encode_conditions(encoder, words, timbre_row=timbre_row) if words else ())
+        return [song if song.words is None else replace(song, condition=next(conditions)) for song in songs]
+
+    return encode
 
 
-def _condition(
-    run: _Run, song: Song, encoder: AceStepConditionEncoder | None, timbre: Tensor
-) -> tuple[Tensor, Mapping[str, int]]:
-    """The condition rows [L, D] of a song and its token counts; without an encoder those of its file hold."""
-    if encoder is None or song.keeps_condition:
-        sample = read_sample(run.output / song.file)
-        return sample.encoder_hidden_states, {key: sample.metadata[key] for key in COUNTS}
+def _read_parts(run: _Run, song: Song) -> _Parts:
+    """What the first pass kept of a song, and what still holds of the file that is there."""
+    stored = read_sample(run.output / song.file) if song.keeps_latents or song.keeps_condition else None
+    if stored is not None and song.keeps_latents:
+        latents = stored.target_latents
+    else:
+        latents = read_part(run.output, song.latents_part)[0]["latents"]
+    if stored is not None and song.keeps_condition:
+        counts = {key: stored.metadata[key] for key in COUNTS}
+        return _Parts(latents, counts, None, stored.encoder_hidden_states)
     rows, counts = read_part(run.output, song.text_part)
-    return encode_condition(encoder, text=rows["text"], lyrics=rows["lyrics"], timbre=timbre), counts
+    return _Parts(latents, counts, (rows["text"], rows["lyrics"]))
 
 
 def _without(songs: list[Song], tried: list[Song], done: list[Song]) -> list[Song]:

@@ -13,7 +13,7 @@ from sidestep.errors import DataError
 from sidestep.model.checkpoint import find_checkpoint
 from sidestep.model.loading import load_text_encoder
 from sidestep.preprocess.encode_audio import Loudness, Reach, encode_wave, load_wave, reach_of, resample, tiles
-from sidestep.preprocess.encode_text import encode_prompt, report_truncation
+from sidestep.preprocess.encode_text import encode_prompt, truncation_notices
 
 CHECKPOINTS = Path(__file__).parents[1] / "golden" / "reference" / "checkpoints"
 UNCHANGED = Loudness(mode="none", target_db=-1.0, target_lufs=-14.0)
@@ -148,8 +148,7 @@ def test_what_is_cut_is_counted_and_reported() -> None:
     assert encoded.lyrics.shape[:2] == (1, 2048)
     assert encoded.counts["caption_truncated"] == whole - 256
     assert encoded.counts["lyrics_truncated"] == whole - 2048
-    events: list = []
-    report_truncation("song.wav", encoded.counts, emit=events.append)
-    assert [event.level for event in events] == ["warning", "warning"]
-    assert all(event.text.startswith("song.wav: the ") for event in events)
-    assert f"{whole - 2048} tokens longer than the 2048" in events[1].text
+    notices = truncation_notices("song.wav", encoded.counts)
+    assert [notice.level for notice in notices] == ["warning", "warning"]
+    assert all(notice.text.startswith("song.wav: the ") for notice in notices)
+    assert f"{whole - 2048} tokens longer than the 2048" in notices[1].text

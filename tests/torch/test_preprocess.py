@@ -244,24 +244,25 @@ def test_numbers_that_are_not_finite_fail_that_song_by_name(
     tmp_path: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, module: str
 ) -> None:
     dataset = make_dataset(tmp_path / "songs", "a.wav", "b.wav")
-    original = {"vae": run_module.encode_wave, "text": run_module.encode_prompt}[module]
+    name = {"vae": "encode_wave", "text": "encode_tokens"}[module]
+    original = getattr(run_module, name)
     calls: list[int] = []
 
     def spoiled(*arguments: object, **settings: object) -> object:
         encoded = original(*arguments, **settings)
         calls.append(1)
         if len(calls) == 1:
-            (encoded if module == "vae" else encoded.text).view(-1)[3] = torch.nan
+            (encoded if module == "vae" else encoded[0].text).view(-1)[3] = torch.nan
         return encoded
 
-    monkeypatch.setattr(run_module, {"vae": "encode_wave", "text": "encode_prompt"}[module], spoiled)
+    monkeypatch.setattr(run_module, name, spoiled)
     result, events = run(dataset, tmp_path / "tensors", checkpoint)
     (skipped,) = [event for event in events if isinstance(event, TrackSkipped)]
     assert (result.done, result.skipped, skipped.name) == (1, 1, "a.wav")
     assert "not finite" in skipped.reason
 
 
-@pytest.mark.parametrize("place", ["load_wave", "encode_prompt", "encode_condition"])
+@pytest.mark.parametrize("place", ["load_wave", "encode_tokens", "encode_conditions"])
 def test_an_interrupted_run_leaves_nothing_partial_and_goes_on(
     tmp_path: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -284,7 +285,7 @@ def test_an_interrupted_run_leaves_nothing_partial_and_goes_on(
         sample_paths(tmp_path / "tensors")
     result, events = run(dataset, tmp_path / "tensors", checkpoint)
     assert result.done + result.unchanged == 3
-    left = {"load_wave": ("Pass 1: audio", 2), "encode_prompt": ("Pass 1: text", 2)}
+    left = {"load_wave": ("Pass 1: audio", 2), "encode_tokens": ("Pass 1: text", 2)}
     assert stages(events)[1] == left.get(place, ("Pass 2: conditions and tensor files", 2))
     run(dataset, tmp_path / "fresh", checkpoint)
     assert contents(tmp_path / "tensors") == contents(tmp_path / "fresh")
