@@ -27,7 +27,8 @@ from sidestep.data.dataset_file import load_dataset
 from sidestep.errors import ConfigError, DataError, ModelError, RunError
 from sidestep.events import Emit, Event, Notice, TrackSkipped
 from sidestep.files import cannot_write, write_whole
-from sidestep.model.checkpoint import Checkpoint, check_encoders, find_checkpoint
+from sidestep.model.checkpoint import Checkpoint, check_encoders, decoder_tensors, find_checkpoint
+from sidestep.model.weights import read_ahead
 from sidestep.ui.console import Console, open_console
 from sidestep.ui.problems import LOG_NAME, open_log, quiet_libraries
 from sidestep.ui.sinks import combine, open_screen, write_log
@@ -132,6 +133,7 @@ def _train(command: str, config: TrainConfig, checkpoint: Checkpoint, output_dir
     open_log(writable_folder(output_dir) / LOG_NAME)
     with ExitStack() as stack:
         show = stack.enter_context(open_screen(console))
+        read_ahead(decoder_tensors(checkpoint).values())  # While torch is loaded, which takes seconds.
         from sidestep.listen.page import ReportPage
         from sidestep.listen.samples import TrainingSamples, prepare_wordings
         from sidestep.training.fit import assemble_fitting

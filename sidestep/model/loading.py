@@ -7,7 +7,6 @@ does not fit.
 
 import pickle
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
@@ -34,7 +33,7 @@ from sidestep.model.checkpoint import (
     name_on_disk,
     null_condition_tensor,
 )
-from sidestep.model.weights import DOWNLOAD_AGAIN, StoredTensor, check_tensors, read_json, read_weights
+from sidestep.model.weights import DOWNLOAD_AGAIN, StoredTensor, check_tensors, in_portions, read_json, read_weights
 
 __all__ = [
     "TimbreEncoder",
@@ -236,16 +235,19 @@ def _fill(
 
 
 def _read(stored: Mapping[str, StoredTensor], *, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Read just these tensors from their memory-mapped files, each straight into `dtype` on `device`."""
-    by_file = defaultdict(list)
-    for name, tensor in stored.items():
-        by_file[tensor.file].append((name, tensor.name))
+    """Read just these tensors from their memory-mapped files, each straight into `dtype` on `device`.
+
+    A mapped file counts as the process's memory as far as it was read. It is mapped anew for every portion, so that
+    what was copied to a device no longer counts.
+    """
+    names_of = {tensor: name for name, tensor in stored.items()}
     tensors = {}
-    for file, pairs in by_file.items():
+    for portion in in_portions(names_of):
+        file = portion[0].file
         try:
             with safe_open(file, framework="pt", device="cpu") as content:
-                for name, stored_name in pairs:
-                    tensors[name] = content.get_tensor(stored_name).to(device, dtype)
+                for tensor in portion:
+                    tensors[names_of[tensor]] = content.get_tensor(tensor.name).to(device, dtype)
         except SafetensorError as error:
             raise ModelError(f"{file} cannot be read: {error}.", hint=DOWNLOAD_AGAIN) from error
     return tensors

@@ -2,9 +2,12 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -14,19 +17,22 @@ from sidestep.errors import ModelError
 DOWNLOAD_AGAIN = "Download this checkpoint again: the file is incomplete or was changed."
 _LARGEST_HEADER = 100_000_000  # Bytes; the limit of the safetensors format.
 _SHOWN = 5
+_PORTION = 100_000_000  # Bytes.
 _NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # numpy has no bfloat16: its 16 bits instead.
 _LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where one tensor lies: `name` inside `file`, its shape and safetensors dtype, and the byte offset of its data."""
+    """Where one tensor lies: `name` inside `file`, its shape and safetensors dtype, where its data begin and how many
+    bytes they are."""
 
     file: Path
     name: str
     shape: tuple[int, ...]
     dtype: str
     offset: int
+    size: int
 
     def first_values(self, count: int) -> np.ndarray:
         """Read the first `count` values (fewer if it is smaller), row by row, as float32 [n], and nothing more."""
@@ -84,9 +90,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         raise ModelError(f"{file} cannot be read as safetensors: {error}.", hint=DOWNLOAD_AGAIN) from error
     try:
         tensors = {
-            name: StoredTensor(file, name, tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][0])
-            for name, entry in header.items()
-            if name != "__metadata__"
+            name: _stored(file, name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"
         }
         end = 8 + length + max((header[name]["data_offsets"][1] for name in tensors), default=0)
     except (AttributeError, KeyError, TypeError, IndexError) as error:
@@ -95,6 +99,44 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         state = "truncated" if size < end else "damaged"
         raise ModelError(f"{file} is {state}: it has {size:,} bytes instead of {end:,}.", hint=DOWNLOAD_AGAIN)
     return tensors
+
+
+def _stored(file: Path, name: str, entry: Mapping[str, Any], start: int) -> StoredTensor:
+    begin, end = entry["data_offsets"]
+    return StoredTensor(file, name, tuple(entry["shape"]), entry["dtype"], start + begin, end - begin)
+
+
+def in_portions(stored: Iterable[StoredTensor]) -> Iterator[list[StoredTensor]]:
+    """Yield the tensors in the order in which they lie on disk, file by file, some 100 MB (or one tensor) at a time."""
+    portion: list[StoredTensor] = []
+    size = 0
+    for tensor in sorted(stored, key=lambda tensor: (tensor.file, tensor.offset)):
+        if portion and (size + tensor.size > _PORTION or tensor.file != portion[0].file):
+            yield portion
+            portion, size = [], 0
+        portion.append(tensor)
+        size += tensor.size
+    if portion:
+        yield portion
+
+
+def read_ahead(stored: Iterable[StoredTensor]) -> None:
+    """Ask the system to fetch just these tensors from disk while the program does something else.
+
+    Returns at once, and does nothing where the system takes no such hint. What is wrong with a file is not said here.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return
+    portions = list(in_portions(stored))
+    Thread(target=_fetch, args=(portions,), daemon=True).start()
+
+
+def _fetch(portions: Iterable[Sequence[StoredTensor]]) -> None:
+    for portion in portions:
+        # Only a hint: reading the file will say what is wrong with it.
+        with suppress(OSError), portion[0].file.open("rb") as file:
+            for tensor in portion:
+                os.posix_fadvise(file.fileno(), tensor.offset, tensor.size, os.POSIX_FADV_WILLNEED)
 
 
 def _read_shards(index: Path) -> dict[str, StoredTensor]:
