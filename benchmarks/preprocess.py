@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+import repository  # noqa: F401
 import soundfile
 import torch
 from diffusers.models.autoencoders.autoencoder_oobleck import AutoencoderOobleck
@@ -28,8 +29,6 @@ from diffusers.pipelines.ace_step.modeling_ace_step import AceStepConditionEncod
 from safetensors.torch import save_file
 from torch import nn
 from transformers import Qwen3Config, Qwen3Model
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.subject import clear
 from sidestep.data.dataset_file import Dataset, Track

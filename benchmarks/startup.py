@@ -23,9 +23,8 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
+import repository  # noqa: F401
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.subject import SIZES
 from benchmarks.train import write_checkpoint
