@@ -9,10 +9,10 @@ PACKAGES = ("torch", "torchaudio", "diffusers", "transformers", "peft", "lycoris
 
 def show_versions() -> int:
     """Print the versions of Side-Step and of what it builds on; returns 0."""
-    import torch
+    from sidestep.model.device import available_devices, device_count, torch_build
 
     print(f"Side-Step {product_version()}")
     for package in PACKAGES:
         print(f"{package} {version(package)}")
-    print(f"CUDA {torch.version.cuda or 'none'} (GPUs: {torch.cuda.device_count()})")
+    print(f"{torch_build()} (GPUs: {sum(device_count(kind) for kind in available_devices()[:-1])})")
     return 0

@@ -14,6 +14,7 @@ from sidestep.errors import NonFiniteError
 from sidestep.estimate.scores import Array
 from sidestep.estimate.sketch import Directions, Probe, Sketch
 from sidestep.estimate.taps import Shape, tapped
+from sidestep.model.device import Graph, Stream, beside, capturing
 from sidestep.training.accelerate import can_capture
 from sidestep.training.objective import Task
 
@@ -102,23 +103,21 @@ class Replayed:
     def __init__(self, one_pass: Callable[[Task], None]) -> None:
         self._pass = one_pass
         self._seen: set[tuple[object, ...]] = set()
-        self._graphs: dict[tuple[object, ...], tuple[torch.cuda.CUDAGraph, Task]] = {}
+        self._graphs: dict[tuple[object, ...], tuple[Graph, Task]] = {}
         self._pool: Any = None
-        self._stream = torch.cuda.Stream()
+        self._stream = Stream()
 
     def __call__(self, task: Task) -> None:
         """Run the pass on this task."""
         key = tuple(None if part is None else tuple(part.shape) for part in task.parts())
         if key not in self._seen:
             self._seen.add(key)
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
+            with beside(self._stream):
                 self._pass(task)
-            torch.cuda.current_stream().wait_stream(self._stream)
             return
         if key not in self._graphs:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            graph = Graph()
+            with capturing(graph, pool=self._pool):
                 self._pass(task)
             self._pool = self._pool or graph.pool()
             self._graphs[key] = (graph, task)

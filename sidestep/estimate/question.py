@@ -13,6 +13,7 @@ from sidestep.estimate.draws import Asked, halves, tasks
 from sidestep.estimate.taps import Shape
 from sidestep.events import Emit, TrackDone
 from sidestep.model.attention import use_processors
+from sidestep.model.capabilities import check_training
 from sidestep.model.checkpoint import Checkpoint
 from sidestep.model.device import choose_device, choose_dtype, reset_memory_peak
 from sidestep.model.loading import load_null_condition
@@ -65,6 +66,7 @@ def prepare(config: EstimateConfig, *, checkpoint: Checkpoint, emit: Emit) -> Qu
     device = choose_device(config.device)
     dtype = choose_dtype(config.precision, device)
     run = run_of(config)
+    check_training(optimizer_type=run.optimizer_type, quantize=run.quantize, device=device)
     recipe = resolve_recipe(run, name=config.recipe, is_turbo=checkpoint.is_turbo)
     songs = find_songs(config.dataset_dir, checkpoint, emit=emit)
     plan = plan_batches(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sidestep.estimate.taps import Shape
+from sidestep.model.capabilities import capabilities
 
 OVERSAMPLING = (
     8  # Columns beyond the directions wanted; 5 to 10 are usual (Halko, Martinsson, Tropp 2011, section 4.2).
@@ -156,7 +157,7 @@ class Probe:
 
 def _precise(tensor: Tensor) -> Tensor:
     """Return the tensor in float64, on the CPU where the device has no such numbers."""
-    return tensor.double() if tensor.device.type in ("cuda", "cpu") else tensor.cpu().double()
+    return tensor.double() if capabilities(tensor.device).has_float64 else tensor.cpu().double()
 
 
 def _orthonormal(size: int, width: int, seed: int, device: torch.device) -> Tensor:

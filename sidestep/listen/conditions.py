@@ -1,6 +1,5 @@
 """Prompts to what the decoder attends to; every encoder is released when all prompts are encoded."""
 
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from sidestep.data.prompts import Prompt as Words
 from sidestep.data.prompts import lyrics_text, prompt_text
 from sidestep.listen.prompts import SamplePrompt
 from sidestep.model.checkpoint import Checkpoint
+from sidestep.model.device import free_memory
 from sidestep.model.loading import load_condition_encoder, load_silence_latent, load_text_encoder
 from sidestep.preprocess.encode_condition import encode_condition
 from sidestep.preprocess.encode_text import encode_prompt
@@ -50,10 +50,7 @@ def encode_prompts(
         timbre = load_silence_latent(checkpoint, frames=_TIMBRE_FRAMES)
         rows = [encode_condition(encoder, text=text.text, lyrics=text.lyrics, timbre=timbre)[None] for text in texts]
         del encoder
-    # Modules refer to each other in circles; without this the encoders would stay on the GPU for a while.
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_memory(device)
     return [
         Wording(
             prompt=prompt, seconds=length, seed=seed + place if prompt.seed is None else prompt.seed, rows_BLD=rows_BLD

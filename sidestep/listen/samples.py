@@ -23,7 +23,7 @@ from sidestep.listen.prompts import evenly_spaced, prompt_of_song, read_prompts
 from sidestep.listen.render import NoSoundError, Renderer, Sampling, usual_sampling
 from sidestep.listen.sound import file_stem, write_flac
 from sidestep.model.checkpoint import Checkpoint
-from sidestep.model.device import choose_device, choose_dtype
+from sidestep.model.device import choose_device, choose_dtype, free_memory, same_random_state
 from sidestep.preprocess.tensors import read_header, sample_paths
 from sidestep.training.adapters.lycoris import HadamardChange, KroneckerChange
 from sidestep.training.assemble import Run
@@ -91,8 +91,7 @@ class TrainingSamples:
             text = f"No samples at epoch {state.epoch}: {reason}. Training goes on."
             self._emit(Notice(text=text, level="warning"))
         finally:
-            if self._model.device.type == "cuda":
-                torch.cuda.empty_cache()
+            free_memory(self._model.device)
 
     def _epoch_due(self, state: TrainState, *, is_last: bool) -> int | None:
         """Return the epoch whose samples are due, if any; one that is not whole counts as the next."""
@@ -203,10 +202,8 @@ def _nothing(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
 @contextmanager
 def _no_trace(model: Model) -> Iterator[None]:
     """Compute as at inference, and put back what training depends on."""
-    devices = [model.device] if model.device.type in ("cuda", "xpu") else []
     was_training = model.decoder.training
-    kind = model.device.type if devices else "cuda"
-    with torch.random.fork_rng(devices=devices, device_type=kind), torch.no_grad():
+    with same_random_state(model.device), torch.no_grad():
         model.decoder.eval()
         model.cross_attention.set_rows(None)
         try:

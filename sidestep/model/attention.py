@@ -17,6 +17,8 @@ from diffusers.models.transformers.ace_step_transformer import (
 )
 from torch import Tensor
 
+from sidestep.model.device import has_flash_window
+
 # Sliding attention of [B, S, H, D] queries over [B, S, KV, D] keys and values, within a window of patches.
 WindowKernel = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
@@ -104,11 +106,8 @@ def blocks_of(decoder: AceStepTransformer1DModel) -> list[AceStepTransformerBloc
 
 def window_kernel_for(device: torch.device, dtype: torch.dtype) -> WindowKernel:
     """Return the fastest window kernel there is: torch's own FlashAttention on Ampere and newer, else blocks."""
-    if device.type == "cuda" and torch.version.hip is None and dtype in (torch.bfloat16, torch.float16):
-        is_new_enough = torch.cuda.get_device_capability(device) >= (8, 0)
-        if is_new_enough and torch.backends.cuda.is_flash_attention_available():
-            return flash_window
-    return block_window
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    return flash_window if is_half and has_flash_window(device) else block_window
 
 
 def full_attention(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None) -> Tensor:

@@ -1,15 +1,23 @@
-"""The device and the precision to compute in, and how much memory they took."""
+"""The device and the precision to compute in, and what is asked of a device: memory, waiting, random state, graphs.
+
+Together with `capabilities.py` the one place that knows devices by name.
+"""
 
 import gc
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
 from sidestep.errors import ConfigError
+from sidestep.model.capabilities import capabilities, check_precision
 
 _GIB = 2**30
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_AUTO_PRECISION = {"cuda": "bf16", "xpu": "bf16", "mps": "fp16", "cpu": "fp32"}
+
+Graph = torch.cuda.CUDAGraph
+Stream = torch.cuda.Stream
 
 
 def choose_device(name: str) -> torch.device:
@@ -27,9 +35,10 @@ def choose_device(name: str) -> torch.device:
         raise ConfigError(f"There is no device called {name!r}.", hint=choices) from error
     if device.type not in available:
         raise ConfigError(f"--device {name} is not available here.", hint=f"{choices}{_why_missing(device.type)}")
-    if device.index is not None and device.index >= _count(device.type):
+    if device.index is not None and device.index >= device_count(device.type):
         raise ConfigError(
-            f"--device {name} is not available here: there are {_count(device.type)} of that kind, counted from 0.",
+            f"--device {name} is not available here: there are {device_count(device.type)} of that kind, "
+            "counted from 0.",
             hint=choices,
         )
     return device
@@ -45,10 +54,16 @@ def available_devices() -> list[str]:
     return [kind for kind, is_there in found.items() if is_there] + ["cpu"]
 
 
-def _count(kind: str) -> int:
+def device_count(kind: str) -> int:
+    """Return how many devices of an available kind there are."""
     if kind == "cuda":
         return torch.cuda.device_count()
     return torch.xpu.device_count() if kind == "xpu" else 1
+
+
+def torch_build() -> str:
+    """Return what the installed torch was built for: `CUDA 12.8`, `ROCm 6.4`, or neither: `CUDA none`."""
+    return f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda or 'none'}"
 
 
 def _why_missing(kind: str) -> str:
@@ -58,8 +73,14 @@ def _why_missing(kind: str) -> str:
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Give the dtype of `precision`: bf16, fp16, fp32, or auto: bf16 on CUDA and XPU, fp16 on MPS, fp32 on the CPU."""
-    return _DTYPES[_AUTO_PRECISION[device.type] if precision == "auto" else precision]
+    """Give the dtype of `precision`: bf16, fp16, fp32, or auto: bf16 on CUDA and XPU, fp16 on MPS, fp32 on the CPU.
+
+    Raises ConfigError when the device cannot compute in it.
+    """
+    if precision == "auto":
+        precision = capabilities(device).precision
+    check_precision(precision, device)
+    return _DTYPES[precision]
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
@@ -69,27 +90,81 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 def memory_gib(device: torch.device) -> float | None:
     """Give the most memory tensors took since `reset_memory_peak`, in GiB (MPS: what they take now; CPU: None)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / _GIB
-    if device.type == "xpu":
-        return torch.xpu.max_memory_allocated(device) / _GIB
+    if capabilities(device).measures_peak:
+        return _module(device).max_memory_allocated(device) / _GIB
     return torch.mps.current_allocated_memory() / _GIB if device.type == "mps" else None
+
+
+def total_gib(device: torch.device) -> float | None:
+    """Give the memory of a device in GiB (MPS: what Metal recommends to take at most; CPU: None)."""
+    if capabilities(device).measures_peak:
+        return _module(device).get_device_properties(device).total_memory / _GIB
+    return torch.mps.recommended_max_memory() / _GIB if device.type == "mps" else None
 
 
 def reset_memory_peak(device: torch.device) -> None:
     """Start a new measurement for `memory_gib`."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif device.type == "xpu":
-        torch.xpu.reset_peak_memory_stats(device)
+    if capabilities(device).measures_peak:
+        _module(device).reset_peak_memory_stats(device)
 
 
 def free_memory(device: torch.device) -> None:
     """Give back what the part of the model that was just dropped took, before the next one is loaded."""
+    # Modules refer to each other in circles; without this the dropped part would stay for a while.
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif device.type == "mps":
-        torch.mps.empty_cache()
-    elif device.type == "xpu":
-        torch.xpu.empty_cache()
+    if device.type != "cpu":
+        _module(device).empty_cache()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done all it was given."""
+    if device.type != "cpu":
+        _module(device).synchronize()
+
+
+def generation(device: torch.device) -> tuple[int, int]:
+    """Return the compute capability of a CUDA or ROCm device: (8, 0) is NVIDIA's Ampere."""
+    return torch.cuda.get_device_capability(device)
+
+
+def has_flash_window(device: torch.device) -> bool:
+    """Say whether torch's own FlashAttention is there: in CUDA builds, on Ampere and newer."""
+    if not capabilities(device).has_flash_window:
+        return False
+    return generation(device) >= (8, 0) and torch.backends.cuda.is_flash_attention_available()
+
+
+@contextmanager
+def same_random_state(device: torch.device) -> Iterator[None]:
+    """Put torch's random state back afterwards, the CPU's and the device's."""
+    if device.type == "mps":
+        # torch's fork_rng hands the device's number on, which MPS has no use for.
+        state = torch.mps.get_rng_state()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                yield
+        finally:
+            torch.mps.set_rng_state(state)
+        return
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
+        yield
+
+
+@contextmanager
+def beside(stream: Stream) -> Iterator[None]:
+    """Run on a stream that begins when the current one gets here, and that the current one then waits for."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def capturing(graph: Graph, *, pool: Any) -> AbstractContextManager[None]:
+    """Record what is done inside this context in `graph` instead of doing it; `pool` is another graph's memory."""
+    return torch.cuda.graph(graph, pool=pool)
+
+
+def _module(device: torch.device) -> Any:
+    """Return torch's module for a kind of device."""
+    return torch.get_device_module(device)

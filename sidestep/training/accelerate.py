@@ -15,6 +15,8 @@ from torch.nn import Parameter
 
 from sidestep.errors import ConfigError
 from sidestep.events import Emit, Notice
+from sidestep.model.capabilities import capabilities, those_with
+from sidestep.model.device import generation
 from sidestep.training.passes import CapturedPasses, EagerPasses, Model, Passes
 
 # A compiled pass saves some 30 ms on a large card and more on a small one; compiling takes about 40 s.
@@ -24,15 +26,17 @@ COMPILATIONS = 64
 
 
 def can_capture(device: torch.device, dtype: torch.dtype) -> bool:
-    """Say whether passes can be CUDA graphs: on CUDA, but in float16, whose loss scaling decides on the CPU."""
-    return device.type == "cuda" and dtype != torch.float16
+    """Say whether passes can be graphs: on CUDA and ROCm, but in float16, whose loss scaling decides on the CPU."""
+    return capabilities(device).captures and dtype != torch.float16
 
 
 def why_not_compile(device: torch.device) -> str:
     """Return what keeps blocks from being compiled on this machine; nothing when they can be."""
-    if device.type != "cuda":
-        return f"compiled blocks need CUDA, and this runs on {device.type}"
-    if torch.cuda.get_device_capability(device) < (7, 0):
+    able = capabilities(device)
+    if able.compiles == "never":
+        names = those_with(lambda each: each.compiles != "never")
+        return f"compiled blocks need {names}, and this runs on {able.name}"
+    if able.compiles == "itself" and generation(device) < (7, 0):
         return "this GPU is too old for Triton"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
@@ -49,7 +53,7 @@ def wants_compile(asked: bool | None, device: torch.device, *, passes: int, emit
     reason = why_not_compile(device)
     if asked and reason:
         raise ConfigError(f"--compile cannot be had here: {reason}.", hint="Leave it out; the numbers are the same.")
-    if asked is None and device.type == "cuda":
+    if asked is None and capabilities(device).compiles == "itself":
         if reason:
             emit(Notice(text=f"Blocks are not compiled ({reason}): training is the same, and slower."))
         return not reason and passes >= WORTH_COMPILING

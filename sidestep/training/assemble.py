@@ -20,6 +20,7 @@ from sidestep.config.runs import resume_candidates
 from sidestep.config.train import TrainConfig
 from sidestep.errors import ConfigError, ModelError
 from sidestep.events import Emit, Notice
+from sidestep.model.capabilities import capabilities, check_training
 from sidestep.model.checkpoint import Checkpoint, decoder_fingerprint
 from sidestep.model.device import choose_device, choose_dtype
 from sidestep.preprocess.tensors import FRAMES_PER_SECOND
@@ -82,6 +83,7 @@ def assemble(
     """Put a run together: data checked, decoder loaded, adapter attached, resumed where that is asked for."""
     device = choose_device(config.device)
     dtype = choose_dtype(config.precision, device)
+    check_training(optimizer_type=config.optimizer_type, quantize=config.quantize, device=device)
     recipe = resolve_recipe(config, name=recipe_name, is_turbo=checkpoint.is_turbo)
     if config.shift is not None and config.timestep_mode == "auto" and recipe.timestep_mode == "continuous":
         emit(Notice(text=f"--shift has no effect here: {checkpoint.variant} trains on continuous timesteps."))
@@ -154,7 +156,7 @@ def _batches(
         plan=plan,
         draws=Draws(plan.songs, sampler, recipe.cfg_ratio),
         num_workers=config.num_workers,
-        pin_memory=config.pin_memory and device.type == "cuda",
+        pin_memory=config.pin_memory and capabilities(device).pins_memory,
         prefetch_factor=config.prefetch_factor,
         persistent_workers=config.persistent_workers,
         rows=common_rows(plan) if can_capture(device, dtype) else 0,

@@ -12,7 +12,8 @@ from sidestep.config.settings import flag_of, settings_of, show_value, values_of
 from sidestep.config.train import TrainConfig
 from sidestep.errors import NoRoomError
 from sidestep.events import Emit, Notice
-from sidestep.model.device import choose_device, free_memory, memory_gib, reset_memory_peak
+from sidestep.model.capabilities import capabilities
+from sidestep.model.device import choose_device, free_memory, memory_gib, reset_memory_peak, synchronize, total_gib
 from sidestep.training.adapters.base import current_values, load_values
 from sidestep.training.assemble import Run, assemble
 from sidestep.training.batches import Batch, Draw, collate_draws
@@ -35,12 +36,13 @@ class Fit:
 
 
 def measure(run: Run) -> Fit | None:
-    """Make one real step at the run's longest sample and put everything back; None where there is no CUDA to measure.
+    """Make one real step at the run's longest sample and put everything back; None where a device cannot measure.
 
     NoRoomError, with settings that take less, when it does not fit.
     """
     device = run.stepper.model.device
-    if device.type != "cuda":
+    device_gib = total_gib(device)
+    if not capabilities(device).measures_peak or device_gib is None:
         return None
     batch = _longest(run)
     values, optimizer = current_values(run.adapter), copy.deepcopy(run.stepper.optimizer.state_dict())
@@ -56,8 +58,7 @@ def measure(run: Run) -> Fit | None:
         load_values(run.adapter, values, source="The adapter")
         run.stepper.optimizer.load_state_dict(optimizer)
         run.stepper.forget_failures()
-    total = torch.cuda.get_device_properties(device).total_memory / GIB
-    return Fit(seconds, memory_gib(device) or 0.0, total)
+    return Fit(seconds, memory_gib(device) or 0.0, device_gib)
 
 
 def assemble_fitting(config: TrainConfig, *, emit: Emit, **parts: Any) -> Run:
@@ -171,10 +172,11 @@ def _longest(run: Run) -> Batch:
 
 def _timed_step(run: Run, batch: Batch) -> float:
     batches = [batch] * run.config.gradient_accumulation
-    torch.cuda.synchronize()
+    device = run.stepper.model.device
+    synchronize(device)
     start = time.perf_counter()
     run.stepper(batches, lr=run.pace.lr, seeds=[0] * len(batches))
-    torch.cuda.synchronize()
+    synchronize(device)
     return time.perf_counter() - start
 
 

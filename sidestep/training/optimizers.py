@@ -10,6 +10,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from sidestep.errors import ConfigError
+from sidestep.model.capabilities import capabilities
 
 Groups = list[dict[str, Any]]
 Make = Callable[[Groups, float, torch.device], Optimizer]
@@ -17,12 +18,10 @@ Make = Callable[[Groups, float, torch.device], Optimizer]
 
 def _adamw(groups: Groups, lr: float, device: torch.device) -> Optimizer:
     # Fused: one kernel for all tensors where the device has it.
-    return torch.optim.AdamW(groups, lr=lr, fused=device.type in ("cuda", "xpu"))
+    return torch.optim.AdamW(groups, lr=lr, fused=capabilities(device).fused_adamw)
 
 
 def _adamw8bit(groups: Groups, lr: float, device: torch.device) -> Optimizer:
-    if device.type == "mps":
-        raise ConfigError("adamw8bit does not run on MPS.", hint="Use --optimizer-type adamw or adafactor.")
     return _package("bitsandbytes", "adamw8bit").optim.AdamW8bit(groups, lr=lr)
 
 

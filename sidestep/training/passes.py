@@ -14,7 +14,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn import Parameter
 
 from sidestep.model.attention import CrossAttention, blocks_of
-from sidestep.model.device import autocast
+from sidestep.model.device import Graph, Stream, autocast, beside, capturing
 from sidestep.model.forward import velocity
 from sidestep.model.fuse import Fused
 from sidestep.training.batches import Batch
@@ -110,7 +110,7 @@ class EagerPasses:
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    graph: torch.cuda.CUDAGraph
+    graph: Graph
     task: Task
     share: Tensor
     loss: Tensor
@@ -147,14 +147,11 @@ class CapturedPasses:
     def _capture(self, like: Task) -> _Captured:
         task = like.to(self.model.device, copy=True)
         share = torch.zeros((), device=self.model.device)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with beside(Stream()):
             for _ in range(WARM_UPS):
                 self._pass(task, share)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        graph = Graph()
+        with capturing(graph, pool=self._pool):
             loss = self._pass(task, share)
         self._pool = self._pool or graph.pool()
         return _Captured(graph, task, share, loss)

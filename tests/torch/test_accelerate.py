@@ -64,7 +64,7 @@ def test_what_is_missing_is_said_once_and_asking_for_it_is_an_error(
 
 
 def test_on_the_cpu_it_is_an_error_to_ask_and_nothing_is_said_otherwise(tmp_path: Path, base: Checkpoint):
-    assert "runs on cpu" in why_not_compile(CPU)
+    assert "CUDA, ROCm or XPU, and this runs on CPU" in why_not_compile(CPU)
     assert decide(None, CPU, 10**6) == decide(False, CPU, 10**6) == (False, [])
     songs = write_songs(tmp_path / "songs", base, (20,))
     with pytest.raises(ConfigError, match="--compile cannot be had here: compiled blocks need CUDA") as caught:

@@ -1,6 +1,7 @@
 """The architecture, kept by a test: who imports whom, where torch may be imported, how long a file may be."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +38,11 @@ TORCH_FREE = {
 }
 TORCH_SIDE = {"model", "preprocess", "training", "demo", "exports", "listen", "estimate"}
 HEAVY = {"torch", "torchaudio", "transformers", "diffusers", "peft", "lycoris"}
+# The one place that knows devices by name; everybody else asks it what a device can do.
+DEVICE_LAYER = {"model/device.py", "model/capabilities.py"}
+# "cpu" is none of these: every machine has one, and what --offload-encoder leaves there is no decision about a device.
+DEVICES = re.compile(r"(cuda|rocm|hip|mps|xpu|hpu|npu)(:\d+)?")
+OF_DEVICES = ("torch.cuda", "torch.mps", "torch.xpu", "torch.backends", "torch.accelerator", "torch.version")
 MAX_LINES = 400
 MAX_FUNCTION_LINES = 60
 
@@ -80,6 +86,54 @@ def test_everything_public_says_what_it_gives(path: Path):
         is_public = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
         if is_public and not _is_nested(tree, node):
             assert ast.get_docstring(node), f"{node.name} has no docstring"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PROJECT)))
+def test_only_the_device_layer_knows_devices_by_name(path: Path):
+    if str(path.relative_to(PROJECT / "sidestep")).replace("\\", "/") in DEVICE_LAYER:
+        return
+    assert not list(devices_named(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        *("torch.cuda.synchronize()", "torch.backends.mps.is_available()", "torch.version.hip", "import torch.xpu"),
+        *(
+            "from torch.cuda import Stream",
+            "from torch import mps",
+            "device.type == 'cuda'",
+            "kind in ('cpu', 'cuda:1')",
+        ),
+        *("device.type != 'cpu'", "'meta' == device.type", "match device.type:\n    case 'cpu':\n        pass"),
+    ],
+)
+def test_a_device_named_elsewhere_would_be_found(code: str):
+    assert list(devices_named(ast.parse(code)))
+
+
+def devices_named(tree: ast.AST) -> Iterator[str]:
+    """Find torch's modules of devices, their names as strings, and every comparison of a device's type.
+
+    Words in help and messages are sentences, not names, and are not looked at.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and DEVICES.fullmatch(node.value):
+            yield node.value
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) in OF_DEVICES:
+            yield ast.unparse(node)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            names = (f"{module}{alias.name}" for alias in node.names)
+            yield from (name for name in names if name.startswith(OF_DEVICES))
+        elif isinstance(node, ast.Compare | ast.Match) and any(
+            isinstance(part, ast.Attribute) and part.attr == "type" for part in _compared(node)
+        ):
+            yield ast.unparse(node)
+
+
+def _compared(node: ast.Compare | ast.Match) -> list[ast.expr]:
+    return [node.subject] if isinstance(node, ast.Match) else [node.left, *node.comparators]
 
 
 def _is_nested(tree: ast.Module, node: ast.AST) -> bool:
