@@ -105,6 +105,10 @@ def _preprocess(config: TrainConfig, checkpoint: Checkpoint, console: Console) -
         from sidestep.preprocess.run import preprocess
 
         device = choose_device(config.device)
+        if config.output_dir is not None:
+            from sidestep.training.accelerate import check_device
+
+            check_device(config, device)
         result = preprocess(
             dataset,
             checkpoint=checkpoint,
@@ -136,11 +140,14 @@ def _train(command: str, config: TrainConfig, checkpoint: Checkpoint, output_dir
         read_ahead(decoder_tensors(checkpoint).values())  # While torch is loaded, which takes seconds.
         from sidestep.listen.page import ReportPage
         from sidestep.listen.samples import TrainingSamples, prepare_wordings
+        from sidestep.model.device import choose_device
+        from sidestep.training.accelerate import check_device
         from sidestep.training.fit import assemble_fitting
         from sidestep.training.run import carry_out
         from sidestep.ui.metrics import MetricsFile
         from sidestep.ui.tensorboard import TensorBoard
 
+        check_device(config, choose_device(config.device))
         # Before the decoder is loaded: the encoders are gone again when it comes.
         wordings = prepare_wordings(config, checkpoint, dataset_dir) if config.sample_every_n_epochs else []
         training = assemble_fitting(

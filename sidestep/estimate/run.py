@@ -16,6 +16,7 @@ from sidestep.estimate.question import Question, prepare
 from sidestep.estimate.scores import CrossFit
 from sidestep.events import Emit, Notice, StageDone, StageStarted
 from sidestep.model.checkpoint import Checkpoint, decoder_fingerprint
+from sidestep.model.device import full_memory_alike
 from sidestep.training.songs import dataset_fingerprint
 
 STAGE = "Estimating"
@@ -55,7 +56,8 @@ def _measure(question: Question) -> Found:
     question.emit(StageStarted(title=STAGE, total=draws, unit="draw"))
     started = time.monotonic()
     try:
-        found = METHODS[question.config.method](question)
+        with full_memory_alike():
+            found = METHODS[question.config.method](question)
     except torch.OutOfMemoryError as error:
         raise RunError(
             f"{question.model.device} is out of memory.",

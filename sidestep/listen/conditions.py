@@ -10,7 +10,7 @@ from sidestep.data.prompts import Prompt as Words
 from sidestep.data.prompts import lyrics_text, prompt_text
 from sidestep.listen.prompts import SamplePrompt
 from sidestep.model.checkpoint import Checkpoint
-from sidestep.model.device import free_memory
+from sidestep.model.device import free_memory, wide_dtype
 from sidestep.model.loading import load_condition_encoder, load_silence_latent, load_text_encoder
 from sidestep.preprocess.encode_condition import encode_condition
 from sidestep.preprocess.encode_text import encode_prompt
@@ -41,6 +41,7 @@ def encode_prompts(
 
     `seconds` and `seed` are for prompts that state none; the seed counts up from prompt to prompt.
     """
+    dtype = wide_dtype(device, dtype)
     lengths = [prompt.duration or seconds for prompt in prompts]
     with torch.no_grad():
         tokenizer, text_encoder = load_text_encoder(checkpoint, device=device, dtype=dtype)

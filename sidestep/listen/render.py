@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sidestep.errors import RunError
 from sidestep.listen.conditions import Wording
 from sidestep.model.checkpoint import Checkpoint
-from sidestep.model.device import autocast
+from sidestep.model.device import autocast, wide_dtype
 from sidestep.model.loading import load_null_condition, load_silence_latent, load_vae
 
 SAMPLE_RATE = 48_000
@@ -94,7 +94,7 @@ class Renderer:
     ) -> None:
         """Load what is needed besides the decoder; `seconds` is the longest sound. The VAE waits on the CPU."""
         self.device, self.dtype = device, dtype
-        self._vae = load_vae(checkpoint, device=torch.device("cpu"), dtype=dtype)
+        self._vae = load_vae(checkpoint, device=torch.device("cpu"), dtype=wide_dtype(device, dtype))
         hop = math.prod(self._vae.config["downsampling_ratios"])
         frames = max(math.ceil(seconds * SAMPLE_RATE / hop), 750)
         self._encoded = _EncodedPrompt(
@@ -146,7 +146,7 @@ class Renderer:
     def _decode(self, latents_BCT: Tensor) -> Tensor:
         self._vae.to(self.device)  # pyright: ignore[reportArgumentType]
         try:
-            return decode(self._vae, latents_BCT.to(self.dtype))
+            return decode(self._vae, latents_BCT.to(self._vae.dtype))
         finally:
             self._vae.to("cpu")  # pyright: ignore[reportArgumentType]
 

@@ -23,7 +23,7 @@ from sidestep.listen.prompts import evenly_spaced, prompt_of_song, read_prompts
 from sidestep.listen.render import NoSoundError, Renderer, Sampling, usual_sampling
 from sidestep.listen.sound import file_stem, write_flac
 from sidestep.model.checkpoint import Checkpoint
-from sidestep.model.device import choose_device, choose_dtype, free_memory, same_random_state
+from sidestep.model.device import choose_device, choose_dtype, free_memory, full_memory_alike, same_random_state
 from sidestep.preprocess.tensors import read_header, sample_paths
 from sidestep.training.adapters.lycoris import HadamardChange, KroneckerChange
 from sidestep.training.assemble import Run
@@ -81,7 +81,7 @@ class TrainingSamples:
             return
         self._tried_at = state.step
         try:
-            with _no_trace(self._model):
+            with full_memory_alike(), _no_trace(self._model):
                 for rendered_epoch, place in due:
                     self._render(state, rendered_epoch, place)
         except (torch.OutOfMemoryError, NoSoundError) as error:

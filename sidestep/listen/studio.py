@@ -15,7 +15,8 @@ from sidestep.listen.prompts import SamplePrompt
 from sidestep.listen.render import Renderer, Sampling
 from sidestep.listen.sound import file_stem, free_path, write_flac
 from sidestep.model.checkpoint import Checkpoint
-from sidestep.model.loading import load_decoder
+from sidestep.model.device import full_memory_alike
+from sidestep.model.loading import load_decoder, widen_stream
 
 
 class Studio:
@@ -42,6 +43,7 @@ class Studio:
         self.sampling = sampling
         self.wordings = encode_prompts(checkpoint, prompts, seconds=seconds, seed=seed, device=device, dtype=dtype)
         decoder = load_decoder(checkpoint, device=device, dtype=dtype)
+        widen_stream(decoder, device=device, dtype=dtype)
         self.attached = Attached(decoder, source, base) if source else None
         longest = max(wording.seconds for wording in self.wordings)
         self.renderer = Renderer(checkpoint, decoder, seconds=longest, device=device, dtype=dtype)
@@ -59,7 +61,8 @@ class Studio:
 
     def _render(self, wording: Wording) -> np.ndarray:
         try:
-            return self.renderer.render(wording, self.sampling)
+            with full_memory_alike():
+                return self.renderer.render(wording, self.sampling)
         except torch.OutOfMemoryError as error:
             raise RunError(
                 f"There is no room on the {self.renderer.device.type} device for {wording.seconds:g} s of music.",

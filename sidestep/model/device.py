@@ -83,6 +83,11 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     return _DTYPES[precision]
 
 
+def wide_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Give the dtype for what overflows in float16: float32 in its place where the device asks for that."""
+    return torch.float32 if dtype == torch.float16 and capabilities(device).widens_float16 else dtype
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
     """Compute in `dtype` inside this context; with float32 it changes nothing."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
@@ -149,6 +154,17 @@ def same_random_state(device: torch.device) -> Iterator[None]:
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
         yield
+
+
+@contextmanager
+def full_memory_alike() -> Iterator[None]:
+    """Raise torch.OutOfMemoryError for a full memory on every device: MPS has but a sentence for it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("MPS backend out of memory"):
+            raise
+        raise torch.OutOfMemoryError(str(error)) from error
 
 
 @contextmanager

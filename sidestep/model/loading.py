@@ -33,6 +33,7 @@ from sidestep.model.checkpoint import (
     name_on_disk,
     null_condition_tensor,
 )
+from sidestep.model.device import wide_dtype
 from sidestep.model.weights import DOWNLOAD_AGAIN, StoredTensor, check_tensors, in_portions, read_json, read_weights
 
 __all__ = [
@@ -76,6 +77,14 @@ def load_decoder(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.d
         decoder = AceStepTransformer1DModel(**architecture.decoder_arguments(checkpoint.config))
     on_disk = partial(name_on_disk, checkpoint, names.DECODER_PREFIX)
     return _fill(decoder, decoder_tensors(checkpoint), "decoder", name_on_disk=on_disk, device=device, dtype=dtype)
+
+
+def widen_stream(decoder: AceStepTransformer1DModel, *, device: torch.device, dtype: torch.dtype) -> None:
+    """Let the sum that runs through the decoder's blocks be kept in `wide_dtype`; the blocks compute in `dtype`."""
+    wide = wide_dtype(device, dtype)
+    if wide != dtype:
+        # Every block adds to what it is given, in the dtype of what it is given.
+        decoder.proj_in_conv.register_forward_hook(lambda module, inputs, stream: stream.to(wide))
 
 
 def load_null_condition(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -19,7 +19,7 @@ from sidestep.data.dataset_file import Dataset, Track
 from sidestep.errors import DataError, RunError
 from sidestep.events import Emit
 from sidestep.model.checkpoint import Checkpoint, check_encoders
-from sidestep.model.device import free_memory
+from sidestep.model.device import free_memory, full_memory_alike, wide_dtype
 from sidestep.model.loading import load_condition_encoder, load_silence_latent, load_text_encoder, load_vae, silence_of
 from sidestep.preprocess.encode_audio import Loudness, encode_wave, load_wave
 from sidestep.preprocess.encode_condition import context_latents, encode_conditions, encode_timbre
@@ -81,7 +81,8 @@ def preprocess(
     encoder_device: torch.device | None = None,
     flow: Flow | None = None,
 ) -> PreprocessResult:
-    """Turn the dataset's songs into tensor files in `output`, computed and stored in `dtype`.
+    """Turn the dataset's songs into tensor files in `output`, computed and stored in `dtype` (float32 where
+    float16 overflows on that device).
 
     `encoder_device` (`device` if not given) computes the words and the condition, `device` the audio. `flow` says how
     songs overlap; without it the devices do.
@@ -101,13 +102,13 @@ def preprocess(
         loudness=Loudness(mode=normalize, target_db=target_db, target_lufs=target_lufs),
         device=device,
         encoder_device=encoder_device or device,
-        dtype=dtype,
+        dtype=wide_dtype(device, dtype),
         emit=emit,
         flow=flow or Flow.on(device),
         encoder_flow=flow or Flow.on(encoder_device or device),
     )
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), full_memory_alike():
             return _preprocess(run, dataset)
     except torch.OutOfMemoryError as error:
         raise RunError(

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.nn import Parameter
 
+from sidestep.config.train import TrainConfig
 from sidestep.errors import ConfigError
 from sidestep.events import Emit, Notice
-from sidestep.model.capabilities import capabilities, those_with
-from sidestep.model.device import generation
+from sidestep.model.capabilities import capabilities, check_training, those_with
+from sidestep.model.device import choose_dtype, generation
 from sidestep.training.passes import CapturedPasses, EagerPasses, Model, Passes
 
 # A compiled pass saves some 30 ms on a large card and more on a small one; compiling takes about 40 s.
@@ -45,19 +46,33 @@ def why_not_compile(device: torch.device) -> str:
     return ""
 
 
+def check_device(config: TrainConfig, device: torch.device) -> None:
+    """Raise ConfigError for what the device cannot do of these settings, before anything is loaded."""
+    choose_dtype(config.precision, device)
+    check_training(optimizer_type=config.optimizer_type, quantize=config.quantize, device=device)
+    if config.compile:
+        _check_compile(device)
+
+
 def wants_compile(asked: bool | None, device: torch.device, *, passes: int, emit: Emit) -> bool:
     """Decide on compiling: as asked, else where it can be had and the run is long enough to get its time back.
 
     ConfigError when it was asked for and cannot be had.
     """
-    reason = why_not_compile(device)
-    if asked and reason:
-        raise ConfigError(f"--compile cannot be had here: {reason}.", hint="Leave it out; the numbers are the same.")
+    if asked:
+        _check_compile(device)
     if asked is None and capabilities(device).compiles == "itself":
+        reason = why_not_compile(device)
         if reason:
             emit(Notice(text=f"Blocks are not compiled ({reason}): training is the same, and slower."))
         return not reason and passes >= WORTH_COMPILING
     return bool(asked)
+
+
+def _check_compile(device: torch.device) -> None:
+    reason = why_not_compile(device)
+    if reason:
+        raise ConfigError(f"--compile cannot be had here: {reason}.", hint="Leave it out; the numbers are the same.")
 
 
 def make_passes(model: Model, parameters: Sequence[Parameter], scaler: GradScaler) -> Passes:

@@ -20,11 +20,11 @@ from sidestep.config.runs import resume_candidates
 from sidestep.config.train import TrainConfig
 from sidestep.errors import ConfigError, ModelError
 from sidestep.events import Emit, Notice
-from sidestep.model.capabilities import capabilities, check_training
+from sidestep.model.capabilities import capabilities
 from sidestep.model.checkpoint import Checkpoint, decoder_fingerprint
 from sidestep.model.device import choose_device, choose_dtype
 from sidestep.preprocess.tensors import FRAMES_PER_SECOND
-from sidestep.training.accelerate import can_capture, compile_blocks, wants_compile
+from sidestep.training.accelerate import can_capture, check_device, compile_blocks, wants_compile
 from sidestep.training.adapters.base import Adapter, load_values
 from sidestep.training.batches import Batches, Draws, Plan, Song, plan_batches
 from sidestep.training.build import build_stepper
@@ -83,7 +83,7 @@ def assemble(
     """Put a run together: data checked, decoder loaded, adapter attached, resumed where that is asked for."""
     device = choose_device(config.device)
     dtype = choose_dtype(config.precision, device)
-    check_training(optimizer_type=config.optimizer_type, quantize=config.quantize, device=device)
+    check_device(config, device)
     recipe = resolve_recipe(config, name=recipe_name, is_turbo=checkpoint.is_turbo)
     if config.shift is not None and config.timestep_mode == "auto" and recipe.timestep_mode == "continuous":
         emit(Notice(text=f"--shift has no effect here: {checkpoint.variant} trains on continuous timesteps."))

@@ -12,10 +12,10 @@ from sidestep.errors import NoRoomError
 from sidestep.events import Emit, Notice
 from sidestep.model.attention import CrossAttention, use_processors
 from sidestep.model.checkpoint import Checkpoint
-from sidestep.model.device import free_memory, reset_memory_peak
+from sidestep.model.device import free_memory, full_memory_alike, reset_memory_peak
 from sidestep.model.dropout import seed_dropout
 from sidestep.model.fuse import Fused, fuse
-from sidestep.model.loading import load_decoder, load_null_condition
+from sidestep.model.loading import load_decoder, load_null_condition, widen_stream
 from sidestep.model.quantize import quantize_blocks
 from sidestep.training.accelerate import can_capture, make_passes
 from sidestep.training.adapters import ADAPTERS
@@ -47,7 +47,8 @@ def build_stepper(
     """
     reset_memory_peak(device)
     try:
-        model, adapter = _model(config, recipe, checkpoint, rank_map, sampler=sampler, device=device, dtype=dtype)
+        with full_memory_alike():
+            model, adapter = _model(config, recipe, checkpoint, rank_map, sampler=sampler, device=device, dtype=dtype)
     except torch.OutOfMemoryError as error:
         raise NoRoomError(
             f"The model {checkpoint.variant} does not fit into the free memory of {device}.",
@@ -111,10 +112,10 @@ def frozen_decoder(
     checkpoint: Checkpoint, *, quantize: str, device: torch.device, dtype: torch.dtype
 ) -> AceStepTransformer1DModel:
     """Load the decoder, its blocks' weights in as few bits as asked for."""
-    if quantize == "none":
-        return load_decoder(checkpoint, device=device, dtype=dtype)
-    decoder = load_decoder(checkpoint, device=CPU, dtype=dtype)
-    quantize_blocks(decoder, quantize, device=device)
+    decoder = load_decoder(checkpoint, device=device if quantize == "none" else CPU, dtype=dtype)
+    if quantize != "none":
+        quantize_blocks(decoder, quantize, device=device)
+    widen_stream(decoder, device=device, dtype=dtype)
     return decoder
 
 

@@ -12,6 +12,7 @@ from sidestep.config.runs import CHECKPOINTS, checkpoint_name
 from sidestep.config.train import TrainConfig
 from sidestep.errors import DataError, NonFiniteError, NoRoomError, ReadingError
 from sidestep.events import AdapterSaved, CheckpointSaved, Emit, RunDone, RunStarted, Validated
+from sidestep.model.device import full_memory_alike
 from sidestep.preprocess.tensors import FRAMES_PER_SECOND
 from sidestep.training.adapters.base import current_values
 from sidestep.training.assemble import Run
@@ -168,7 +169,8 @@ def _about(run: Run) -> Mapping[str, str]:
 def _saving_on_failure(run: Run, emit: Emit) -> Iterator[None]:
     """Keep the work of a run that cannot go on: its weights are as they were before the step that failed."""
     try:
-        yield
+        with full_memory_alike():
+            yield
     except torch.OutOfMemoryError as error:
         _keep(run, emit)
         hint = takes_less(run.config, run.longest_seconds) + _saved(run)
