@@ -90,6 +90,14 @@ def _estimate(command: str, values: Mapping[str, Any], screen: GlobalConfig) -> 
     return run(values, screen=screen)
 
 
+def _doctor(command: str, values: Mapping[str, Any], screen: GlobalConfig) -> int:
+    from sidestep.commands.doctor import run
+    from sidestep.config.tasks import DoctorConfig
+    from sidestep.ui.console import open_console
+
+    return run(build(DoctorConfig, parse_values(DoctorConfig, values)), console=open_console(plain=screen.plain))
+
+
 def _demo(command: str, values: Mapping[str, Any], screen: GlobalConfig) -> int:
     from sidestep.commands.demo import run
     from sidestep.config.tasks import DemoConfig
@@ -121,5 +129,6 @@ _COMMANDS: Mapping[str, Callable[[str, Mapping[str, Any], GlobalConfig], int]] =
     "sample": _sample,
     "export": _export,
     "estimate": _estimate,
+    "doctor": _doctor,
     "demo": _demo,
 }

@@ -3,7 +3,7 @@
 from sidestep.commands.hub import HuggingFace
 from sidestep.config.flags import GlobalConfig
 from sidestep.config.settings import build, parse_values
-from sidestep.config.tasks import BuildDatasetConfig
+from sidestep.config.tasks import BuildDatasetConfig, DoctorConfig
 from sidestep.ui.asker import KeyAsker
 from sidestep.ui.command_line import Plan
 from sidestep.ui.console import open_console
@@ -44,6 +44,12 @@ def start(plan: Plan, *, screen: GlobalConfig) -> int:
         from sidestep.commands.estimate import run as estimate
 
         return estimate(plan.values, screen=screen)
+    if plan.command == "doctor":
+        from sidestep.commands.doctor import run as examine
+
+        return examine(
+            build(DoctorConfig, parse_values(DoctorConfig, plan.values)), console=open_console(plain=screen.plain)
+        )
     from sidestep.commands.train import run as train
 
     return train(plan.command, plan.values, screen=screen)

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from sidestep.config.adapter_tasks import ExportConfig, SampleConfig
 from sidestep.config.recipe import RECIPE_PINS
 from sidestep.config.settings import Setting, flag_of, option, settings_of, show_value
-from sidestep.config.tasks import BuildDatasetConfig, DemoConfig, EstimateConfig
+from sidestep.config.tasks import BuildDatasetConfig, DemoConfig, DoctorConfig, EstimateConfig
 from sidestep.config.train import TrainConfig
 from sidestep.errors import ConfigError
 
@@ -53,6 +53,7 @@ COMMANDS = (
     Command("sample", "Music from a prompt, with an adapter at one or several strengths.", (SampleConfig,)),
     Command("export", "Write an adapter for another program, and prove that it means the same.", (ExportConfig,)),
     Command("estimate", "Measure which modules to train, and how much of each (Preprocessing++).", (EstimateConfig,)),
+    Command("doctor", "What is here to train with, and what ails; each with a way out.", (DoctorConfig,)),
     Command("demo", "The whole way on a toy model and made-up songs; nothing to download.", (DemoConfig,)),
 )
 

@@ -54,6 +54,20 @@ class DemoConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DoctorConfig:
+    """What `doctor` needs to know."""
+
+    checkpoint_dir: Path | None = same_as(TrainConfig, "checkpoint_dir", group="Doctor")
+    model_variant: str | None = option(
+        "The model to examine.", group="Doctor", default=None, short="-M", shown_default="every one in the folder"
+    )
+    output_dir: Path = option(
+        "Where adapters and checkpoints would be written.", group="Doctor", default=Path("output"), short="-o"
+    )
+    device: str = same_as(TrainConfig, "device", group="Doctor")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EstimateConfig:
     """What `estimate` needs to know; what it shares with TrainConfig must be as in the run that the map is for."""
 

@@ -4,6 +4,7 @@ Together with `capabilities.py` the one place that knows devices by name.
 """
 
 import gc
+import platform
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -105,6 +106,16 @@ def total_gib(device: torch.device) -> float | None:
     if capabilities(device).measures_peak:
         return _module(device).get_device_properties(device).total_memory / _GIB
     return torch.mps.recommended_max_memory() / _GIB if device.type == "mps" else None
+
+
+def free_gib(device: torch.device) -> float | None:
+    """Give the memory of a device that no program has taken, in GiB (MPS and CPU: None)."""
+    return _module(device).mem_get_info(device)[0] / _GIB if capabilities(device).measures_peak else None
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name a device was sold under; of MPS and the CPU the processor's kind."""
+    return _module(device).get_device_name(device) if capabilities(device).measures_peak else platform.machine()
 
 
 def reset_memory_peak(device: torch.device) -> None:

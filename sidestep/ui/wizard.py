@@ -213,8 +213,14 @@ class Wizard:
             Entry("Change the checkpoint folder", partial(ask_for_folder, self._asker, self._session)),
             Entry("Fetch models", self._fetch, "from Hugging Face"),
             Entry("Forget the last answers", self._session.forget, "folders and model that questions suggest"),
+            Entry("Examine this machine", self._examine, "what is here to train with, and what ails"),
         ]
         self._offer("Change", entries)
+
+    def _examine(self) -> None:
+        folder = self._session.checkpoint_dir()
+        self._exit_code = self._start(Plan("doctor", {"checkpoint_dir": folder} if folder else {}))
+        self._asker.forget_keys()
 
     def _conduct(self, flow: Flow) -> Form | None:
         """Ask, review, start. Returns the answers of what was done, None when it was cancelled; GoBack leads out."""

@@ -5,7 +5,6 @@ That proves what Side-Step decides for them, and that the way it then goes can b
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,27 +43,11 @@ from sidestep.training.accelerate import WORTH_COMPILING, can_capture, wants_com
 from sidestep.training.fit import measure
 from sidestep.training.optimizers import make_optimizer
 from tests.torch.command_line import SMALL
+from tests.torch.played import GIB, Module
 from tests.torch.tiny import prepare, tiny_config, train, write_songs
 
 CPU = torch.device("cpu")
-GIB = 2**30
 Play = Callable[[str], torch.device]
-
-
-class Module:
-    """torch's module of a device that is not here; notes what is asked of it."""
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-
-    def max_memory_allocated(self, device: torch.device) -> int:
-        return 3 * GIB
-
-    def get_device_properties(self, device: torch.device) -> SimpleNamespace:
-        return SimpleNamespace(total_memory=16 * GIB)
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *device: self.calls.append(name)
 
 
 @pytest.fixture

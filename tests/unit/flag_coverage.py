@@ -12,6 +12,7 @@ from sidestep.config.settings import flag_of
 _ACCELERATE = "tests/torch/test_accelerate.py::"
 _BATCHES = "tests/torch/test_batches.py::"
 _BUILD = "tests/unit/test_build_dataset.py::test_a_good_folder_becomes_a_file_and_a_report"
+_DOCTOR = "tests/torch/test_doctor.py::"
 _ESTIMATE = "tests/torch/test_estimate_flags.py::"
 _ESTIMATE_COMMAND = (
     "tests/torch/test_estimate_command.py::"
@@ -223,6 +224,13 @@ COVERED: Mapping[str, Mapping[str, str]] = {
         "--learning-rate": _PROOF,
         "--alpha": _PROOF,
         "--gradient-accumulation": _PROOF,
+    },
+    "doctor": {
+        **GLOBAL,
+        "--checkpoint-dir": _DOCTOR + "test_a_machine_that_can_train_is_told_so",
+        "--model-variant": _DOCTOR + "test_the_model_the_output_and_the_device_are_the_ones_that_were_typed",
+        "--output-dir": _DOCTOR + "test_the_model_the_output_and_the_device_are_the_ones_that_were_typed",
+        "--device": _DOCTOR + "test_the_model_the_output_and_the_device_are_the_ones_that_were_typed",
     },
     "demo": {**GLOBAL, "--folder": "tests/torch/test_demo.py::test_the_demo_goes_the_whole_way"},
 }

@@ -10,7 +10,20 @@ import pytest
 from sidestep.config.places import PROJECT
 
 FILES = sorted((PROJECT / "sidestep").rglob("*.py"))
-ALL = {"estimate", "config", "data", "model", "preprocess", "training", "ui", "commands", "demo", "exports", "listen"}
+ALL = {
+    "estimate",
+    "doctor",
+    "config",
+    "data",
+    "model",
+    "preprocess",
+    "training",
+    "ui",
+    "commands",
+    "demo",
+    "exports",
+    "listen",
+}
 ALLOWED = {
     "errors": set(),
     "events": {"errors"},
@@ -23,6 +36,7 @@ ALLOWED = {
     "exports": {"errors", "events", "model", "config", "training", "exports"},
     "listen": {"errors", "events", "data", "model", "config", "preprocess", "training", "exports", "listen"},
     "estimate": {"errors", "events", "model", "config", "preprocess", "training", "estimate"},
+    "doctor": {"errors", "config", "model", "preprocess", "training", "demo", "doctor"},
     "demo": {"errors", "events", "model", "config", "data", "demo"},
     "ui": {"errors", "events", "config", "data", "ui"},
     "commands": {"errors", "events", *ALL},
@@ -34,9 +48,10 @@ ALSO_ALLOWED = {"ui": {"sidestep.model.checkpoint"}}
 TORCH_FREE = {
     *("model/checkpoint.py", "model/names.py", "model/architecture.py", "model/weights.py"),
     *("demo/songs.py", "exports/find.py", "listen/prompts.py", "listen/sound.py"),
+    *("doctor/__init__.py", "doctor/finding.py", "doctor/machine.py", "doctor/folders.py"),
     *("listen/page.py", "listen/charts.py", "listen/pictures.py", "listen/story.py"),
 }
-TORCH_SIDE = {"model", "preprocess", "training", "demo", "exports", "listen", "estimate"}
+TORCH_SIDE = {"doctor", "model", "preprocess", "training", "demo", "exports", "listen", "estimate"}
 HEAVY = {"torch", "torchaudio", "transformers", "diffusers", "peft", "lycoris"}
 # The one place that knows devices by name; everybody else asks it what a device can do.
 DEVICE_LAYER = {"model/device.py", "model/capabilities.py"}

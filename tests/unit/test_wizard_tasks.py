@@ -257,6 +257,12 @@ def test_settings_forget_the_last_answers(stage: Stage):
     assert "audio_dir" not in remembered()
 
 
+def test_settings_examine_the_machine_with_the_models_that_are_known(stage: Stage):
+    code, _ = stage.play(SETTINGS, down(3), EXIT)
+    assert stage.started == [Plan("doctor", {"checkpoint_dir": stage.folder / "models"})]
+    assert code == 0
+
+
 def test_an_error_of_an_action_becomes_the_exit_code_when_nothing_follows(stage: Stage):
     stage.failures.append(DataError("The song is broken.", hint="Mend it."))
     code, screen = stage.play(BUILD, typed(stage.songs()), ENTER, START, down(2), EXIT)

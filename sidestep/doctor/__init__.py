@@ -1,0 +1,1 @@
+"""What is there to train with, and what ails."""
