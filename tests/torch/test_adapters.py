@@ -293,6 +293,11 @@ def test_the_suffixes_of_a_config_file_name_exactly_the_targets():
         ("lokr", {}, ["diffusers does not load LoKr"]),
         ("lokr of whole factors", {}, ["diffusers does not load LoKr", "At rank 64 both Kronecker factors are whole"]),
         (
+            "lokr",
+            {"lokr_decompose_both": True, "lokr_factor": 2},
+            ["diffusers does not load LoKr", "--lokr-decompose-both has no effect: at rank"],
+        ),
+        (
             "lokr with everything",
             {"lokr_use_tucker": True},
             [

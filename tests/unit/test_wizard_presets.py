@@ -1,6 +1,5 @@
 """Presets on the wizard's way to a training run: taken, saved, left to the default again."""
 
-
 from sidestep.config.places import remember
 from sidestep.config.presets import read_preset, save_preset
 from sidestep.config.resolve import resolve_training

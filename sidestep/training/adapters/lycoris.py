@@ -213,6 +213,10 @@ def attach_lokr(
         remarks.append(
             f"At rank {rank} both Kronecker factors are whole matrices: --alpha and a larger --rank do nothing."
         )
+    if decompose_both and all(change.factors.use_w1 for change in changes.values()):
+        remarks.append(
+            f"--lokr-decompose-both has no effect: at rank {rank} the first factor is too small to be decomposed."
+        )
     if any(not change.factors.use_w1 for change in changes.values()):
         remarks.append("acestep.cpp does not load LoKr whose first factor is decomposed (--lokr-decompose-both).")
     if weight_decompose:
