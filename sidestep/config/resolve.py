@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sidestep.config.adapter import ATTENTION_PROJECTIONS
+from sidestep.config.adapter import ATTENTION_PROJECTIONS, PEFT
 from sidestep.config.presets import read_preset, read_run_config
 from sidestep.config.recipe import RECIPE_PINS, learning_rate_of
 from sidestep.config.runs import LONGEST_NAME, RESERVED_NAMES, RUN_CONFIG, resume_candidates, run_of
@@ -41,13 +41,17 @@ def resolve_training(command: str, typed: Values, *, preset: str | None = None, 
     given = parse_values(TrainConfig, typed)
     resumed = _resumed_values(command, given["resume_from"]) if given.get("resume_from") else {}
     earlier = _earlier_values(source) if source else {}
-    chosen = {**(read_preset(preset) if preset else {}), **given}
+    from_preset = read_preset(preset) if preset else {}
+    chosen = {**from_preset, **given}
     _refuse_changes(resumed, chosen)
     config = build(TrainConfig, earlier, resumed, chosen, pins)
     problems = contradictions(config, given)
     if problems:
         raise ConfigError("\n".join(problems))
     notices = idle_settings(config, _without(given, pins))
+    for origin, values in ((f"Preset {preset}", from_preset), (str(source), earlier)):
+        said = idle_settings(config, _without(_meant(values), {**pins, **given}))
+        notices += [f"{sentence} {origin} sets it." for sentence in said]
     if "attention_type" in given and not set(config.target_modules) & set(ATTENTION_PROJECTIONS):
         notices.append("--attention-type has no effect here: --target-modules names the MLP's projections alone.")
     return Resolved(config=config, notices=tuple(notices))
@@ -74,6 +78,8 @@ def contradictions(config: TrainConfig, given: Values) -> list[str]:
         problems.append("--early-stop-patience needs --val-split: without held-out songs nothing says when to stop.")
     if config.rank_map is None and config.rank_map_start:
         problems.append("--rank-map-start needs --rank-map: the directions lie beside the map.")
+    if config.rank_map is not None and "rank_map" not in given and config.adapter_type not in PEFT.values:
+        problems.append(f"--config brings --rank-map {config.rank_map}, which counts {PEFT}.")
     if config.rank_map is not None:
         problems += [
             f"{flag_of(name)} has no say with --rank-map: the map names the modules."
@@ -154,6 +160,19 @@ def _shown(setting: Setting, value: object) -> str:
 
 def _help(name: str) -> str:
     return next(setting.help for setting in settings_of(TrainConfig) if setting.name == name)
+
+
+def _meant(values: Values) -> dict[str, Any]:
+    """Return what a preset or an earlier run sets for its own kind of adapter, and not to the default.
+
+    A run's config.json holds every setting, those of preprocessing too, which is done.
+    """
+    strict = {setting.name: setting.default for setting in settings_of(TrainConfig) if _is_strict(setting)}
+    return {name: value for name, value in values.items() if name in strict and value != strict[name]}
+
+
+def _is_strict(setting: Setting) -> bool:
+    return setting.when is not None and setting.when.is_strict
 
 
 def _without(values: Mapping[str, Any], names: Any) -> dict[str, Any]:

@@ -194,6 +194,30 @@ def test_the_songs_of_an_earlier_run_are_not_preprocessed_again(tmp_path: Path):
     assert resolve_training("fixed", {**FOLDERS, "dataset_dir": "others"}, source=tmp_path).config == after
 
 
+def test_what_a_preset_or_an_earlier_run_sets_for_another_kind_of_adapter_is_said(own_folder: Path, tmp_path: Path):
+    lokr = {**FOLDERS, "adapter_type": "lokr"}
+    write(own_folder, "mine", {"use_rslora": True, "bias": "none", "rank": 8})
+    sentence = "--use-rslora has no effect here: it counts only with --adapter-type lora or dora."
+    assert resolve_training("fixed", lokr, preset="mine").notices == (f"{sentence} Preset mine sets it.",)
+    assert resolve_training("fixed", FOLDERS, preset="mine").notices == ()
+    # Preprocessing is done, and what was set for it is no news.
+    before = config(use_rslora=True, preprocess=True, audio_dir="songs", tensor_output="tensors", normalize="peak")
+    path = tmp_path / "config.json"
+    path.write_text(run_config_text(before, recipe="fixed", version="1", objective=""), encoding="utf-8")
+    assert resolve_training("fixed", lokr, source=path).notices == (f"{sentence} {path} sets it.",)
+
+
+def test_a_rank_map_of_an_earlier_run_is_refused_for_an_adapter_that_has_no_ranks_of_its_own(tmp_path: Path):
+    path = tmp_path / "config.json"
+    text = run_config_text(config(rank_map=str(tmp_path / "map.json")), recipe="fixed", version="1", objective="")
+    path.write_text(text, encoding="utf-8")
+    assert resolve_training("fixed", FOLDERS, source=path).config.rank_map == tmp_path / "map.json"
+    with pytest.raises(
+        ConfigError, match=r"--config brings --rank-map .*, which counts only with --adapter-type lora or dora"
+    ):
+        resolve_training("fixed", {**FOLDERS, "adapter_type": "lokr"}, source=path)
+
+
 def test_a_choice_of_attention_without_attention_among_the_targets_is_said():
     def notices(*targets: str) -> tuple[str, ...]:
         values = {**FOLDERS, "attention_type": "self", "target_modules": targets}
