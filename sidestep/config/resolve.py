@@ -54,6 +54,10 @@ def resolve_training(command: str, typed: Values, *, preset: str | None = None, 
         notices += [f"{sentence} {origin} sets it." for sentence in said]
     if "attention_type" in given and not set(config.target_modules) & set(ATTENTION_PROJECTIONS):
         notices.append("--attention-type has no effect here: --target-modules names the MLP's projections alone.")
+    if config.preprocess and given.get("dataset_dir") not in (None, config.tensor_output):
+        notices.append(
+            "--dataset-dir has no effect with --preprocess: training goes on with the tensors of --tensor-output."
+        )
     return Resolved(config=config, notices=tuple(notices))
 
 

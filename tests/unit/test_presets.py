@@ -218,6 +218,16 @@ def test_a_rank_map_of_an_earlier_run_is_refused_for_an_adapter_that_has_no_rank
         resolve_training("fixed", {**FOLDERS, "adapter_type": "lokr"}, source=path)
 
 
+def test_a_dataset_beside_songs_that_are_preprocessed_is_said_to_have_no_effect():
+    songs = {"preprocess": True, "audio_dir": "songs", "tensor_output": "tensors", "output_dir": "b"}
+    (said,) = resolve_training("fixed", {**songs, "dataset_dir": "others"}).notices
+    assert (
+        said == "--dataset-dir has no effect with --preprocess: training goes on with the tensors of --tensor-output."
+    )
+    assert resolve_training("fixed", {**songs, "dataset_dir": "tensors"}).notices == ()
+    assert resolve_training("fixed", songs).notices == ()
+
+
 def test_a_choice_of_attention_without_attention_among_the_targets_is_said():
     def notices(*targets: str) -> tuple[str, ...]:
         values = {**FOLDERS, "attention_type": "self", "target_modules": targets}
