@@ -7,6 +7,7 @@ are reported together.
 
 import dataclasses
 import difflib
+import errno
 import math
 import types
 import typing
@@ -322,6 +323,13 @@ def _parse_path(text: str, refused: ValueError) -> Path:
     if not bare or "\0" in bare:
         raise refused
     try:
-        return Path(bare).expanduser()
+        path = Path(bare).expanduser()
     except RuntimeError:  # The home of a user whom this machine does not know.
         raise refused from None
+    try:
+        path.lstat()
+    except OSError as error:
+        # That there is no such file is for others to say; no file can ever be there if its name is too long.
+        if error.errno == errno.ENAMETOOLONG:
+            raise ValueError(f"{refused.args[0][:-1]}: that name is too long for this system.") from None
+    return path

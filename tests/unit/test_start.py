@@ -61,6 +61,8 @@ def test_help_loads_no_torch(arguments: list[str], tmp_path: Path):
         (["fixed", "-d", "a", "-o", "b", "--run-name", "Checkpoints"], 2, "keeps other files in a folder of that name"),
         (["fixed", "-d", "a", "-o", "b", "--run-name", "x" * 201], 2, "it is longer than 200 bytes"),
         (["build-dataset", "--input", "nowhere"], 1, "nowhere"),
+        (["build-dataset", "--input", "x" * 300], 2, "that name is too long for this system."),
+        (["fixed", "-d", "a", "-o", "b" * 300], 2, "--output-dir takes a path, not bbb"),
         (["build-dataset", "--input", "~nobody-here/x"], 2, "--input takes a path, not ~nobody-here/x."),
         (["build-dataset"], 2, "--input is required"),
     ],
