@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
@@ -18,6 +18,7 @@ from sidestep.training.step import Stepper, StepReading, check
 from sidestep.training.transfer import on_device
 
 Reason = Literal["finished", "early_stop", "interrupted"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +62,7 @@ def _epochs(
 ) -> Reason:
     def save() -> None:
         readings.read(state)
-        hooks.save()
+        readings.leave_out(hooks.save)
 
     while state.step < pace.total_steps:
         read = on_device(batches.epoch(state.epoch, position=state.batch), stepper.model.device)
@@ -77,7 +78,7 @@ def _epochs(
         if state.batch < batches.plan.batches_per_epoch:
             break  # max_steps ended the run within an epoch.
         emit(EpochDone(step=state.step, epoch=state.epoch + 1, loss=state.finish_epoch()))
-        if not hooks.after_epoch():
+        if not readings.leave_out(hooks.after_epoch):
             save()
             return "early_stop"
         if state.epoch % pace.save_every == 0 and state.step < pace.total_steps:
@@ -132,6 +133,13 @@ class Readings:
     def add(self, step: PendingStep) -> None:
         """Take one step in, without waiting for it."""
         self._pending.append(step)
+
+    def leave_out(self, hook: Callable[[], T]) -> T:
+        """Call a hook whose time (saving, validation, samples) is not that of the steps around it."""
+        began = time.monotonic()
+        result = hook()
+        self._since += time.monotonic() - began
+        return result
 
     def is_due(self, step: int) -> bool:
         """Say whether the numbers are to be shown after this step."""

@@ -1,0 +1,44 @@
+"""The pace of a run that is shown and written down."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sidestep.events import Event, Metrics
+from sidestep.model.checkpoint import Checkpoint
+from sidestep.training import loop
+from sidestep.training.loop import Hooks
+from sidestep.training.step import Stepper, StepReading
+from tests.torch.tiny import prepare, tiny_config, write_songs
+
+
+def test_the_pace_that_is_shown_is_that_of_steps_alone(
+    tmp_path: Path, base: Checkpoint, monkeypatch: pytest.MonkeyPatch
+):
+    seconds = [0.0]
+
+    def spend(amount: float) -> bool:
+        seconds[0] += amount
+        return True
+
+    def slow(self: Stepper, *arguments: Any, **named: Any) -> StepReading:
+        spend(2)
+        return step(self, *arguments, **named)
+
+    step = Stepper.__call__
+    monkeypatch.setattr(Stepper, "__call__", slow)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
+    songs = write_songs(tmp_path / "songs", base, (20, 20))
+    run = prepare(tiny_config(epochs=3, save_every=1), base, songs, tmp_path / "run")
+    hooks = Hooks(
+        save=lambda: spend(100), after_step=lambda: None, after_epoch=lambda: spend(1000), stop_requested=lambda: False
+    )
+    events: list[Event] = []
+    parts = {"stepper": run.stepper, "batches": run.batches, "pace": run.pace}
+    loop.train(run.state, hooks=hooks, emit=events.append, **parts)
+    paces = [event.steps_per_second for event in events if isinstance(event, Metrics)]
+    assert seconds[0] == 6 * 2 + 3 * 100 + 3 * 1000
+    # The first reading counts from when the run was begun, by the real clock.
+    assert paces[1:] == pytest.approx([0.5] * 5)
