@@ -10,8 +10,10 @@ SidestepError            a message, a hint with the way out, and an exit code
     ├── NonFiniteError    the loss or its gradient is no longer a finite number
     └── ReadingError      a process that reads the songs was killed
 ```
-Anything else that reaches `main` is a bug of ours: exit 70.
+Anything else that reaches `main`, or ends an action of the wizard, is a bug of ours: exit 70.
 """
+
+EXIT_BUG = 70
 
 
 class SidestepError(Exception):

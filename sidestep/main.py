@@ -9,10 +9,9 @@ from typing import Any
 
 from sidestep.config.flags import GlobalConfig, Typed, parse, parser
 from sidestep.config.settings import build, parse_values, settings_of
-from sidestep.errors import SidestepError
+from sidestep.errors import EXIT_BUG, SidestepError
 
 EXIT_USAGE = 2
-EXIT_BUG = 70
 EXIT_INTERRUPTED = 130
 
 

@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sidestep.config.places import config_folder, product_version
 from sidestep.config.presets import delete_preset, is_own_preset, own_preset_path, preset_names
 from sidestep.config.settings import settings_of
 from sidestep.config.train import TrainConfig
-from sidestep.errors import SidestepError
+from sidestep.errors import EXIT_BUG, SidestepError
 from sidestep.model.checkpoint import list_models
 from sidestep.ui.asker import Asker, GoBack, Prompt
 from sidestep.ui.command_line import Plan
@@ -22,7 +22,7 @@ from sidestep.ui.first_start import ask_for_folder, fetch_models, has_models, sh
 from sidestep.ui.flow import Flow, chosen_groups
 from sidestep.ui.machine import Gpu
 from sidestep.ui.preset_list import describe_preset, preset_choices
-from sidestep.ui.problems import log_traceback, show_error
+from sidestep.ui.problems import log_traceback, show_bug, show_error
 from sidestep.ui.questions import Choice, Form, Question, wanted, whole_group
 from sidestep.ui.resume_flow import resume_flow
 from sidestep.ui.review import show_review
@@ -32,6 +32,7 @@ from sidestep.ui.train_flow import train_flow
 from sidestep.ui.walk import ask, walk
 
 ADAPTERS = {"lora": "LoRA", "lokr": "LoKr"}
+Outcome = Literal["done", "failed", "bug"]
 
 
 class _Leave(Exception):  # noqa: N818 - a signal, not an error
@@ -219,8 +220,7 @@ class Wizard:
 
     def _examine(self) -> None:
         folder = self._session.checkpoint_dir()
-        self._exit_code = self._start(Plan("doctor", {"checkpoint_dir": folder} if folder else {}))
-        self._asker.forget_keys()
+        self._start_and_report(Plan("doctor", {"checkpoint_dir": folder} if folder else {}))
 
     def _conduct(self, flow: Flow) -> Form | None:
         """Ask, review, start. Returns the answers of what was done, None when it was cancelled; GoBack leads out."""
@@ -243,8 +243,8 @@ class Wizard:
             chosen = self._asker.choose(Prompt("Ready?"), _review_choices(flow, is_ready=problem is None), "start")
             if chosen == "cancel":
                 return False
-            if chosen == "start" and self._carry_out(flow, form):
-                return True
+            if chosen == "start" and (outcome := self._carry_out(flow, form)) != "failed":
+                return outcome == "done"
             is_shown = chosen in ("start", "save")  # What was said of it would be pushed away by the same review again.
             try:
                 if chosen == "change":
@@ -259,19 +259,27 @@ class Wizard:
         groups = [Entry(group, partial(walk, form, self._asker, whole_group(group))) for group in flow.groups(form)]
         self._offer("Which group?", groups)
 
-    def _carry_out(self, flow: Flow, form: Form) -> bool:
-        """Start the plan; returns False after an error that changing something may cure."""
+    def _carry_out(self, flow: Flow, form: Form) -> Outcome:
+        """Start what was planned, and keep the answers for the next time."""
         self._session.keep_answers(form)
         self._console.print("  Starting.", style="dim")
+        return self._start_and_report(flow.plan(form))
+
+    def _start_and_report(self, plan: Plan) -> Outcome:
+        """Start a plan and say what went wrong: an error that a change may cure, or a bug of ours."""
         try:
-            self._exit_code = self._start(flow.plan(form))
+            self._exit_code = self._start(plan)
         except SidestepError as error:
             self._exit_code = error.exit_code
             self._explain(error)
-            return False
+            return "failed"
+        except Exception as error:  # What else there is to do in the wizard does not end with it.
+            self._exit_code = EXIT_BUG
+            show_bug(error, stream=sys.stderr, plain=self._console.is_plain)
+            return "bug"
         finally:
             self._asker.forget_keys()
-        return True
+        return "done"
 
     def _save_preset(self, flow: Flow, form: Form) -> None:
         save = flow.preset

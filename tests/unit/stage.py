@@ -19,7 +19,6 @@ from safetensors.numpy import save_file
 
 from sidestep.config.presets import run_config_text
 from sidestep.config.resolve import resolve_training
-from sidestep.errors import SidestepError
 from sidestep.ui.asker import KeyAsker
 from sidestep.ui.command_line import Plan
 from sidestep.ui.console import open_console
@@ -60,7 +59,7 @@ class Stage:
 
     folder: Path
     started: list[Plan] = field(default_factory=list)
-    failures: list[SidestepError] = field(default_factory=list)
+    failures: list[Exception] = field(default_factory=list)
     """What the next actions fail with."""
     gpus: tuple[Gpu, ...] = ()
     start_hooks: dict[int, Callable[[], object]] = field(default_factory=dict)

@@ -12,8 +12,10 @@ from sidestep.config.settings import build, parse_values, settings_of
 from sidestep.config.tasks import BuildDatasetConfig
 from sidestep.config.train import TrainConfig
 from sidestep.errors import DataError
+from sidestep.ui import problems
 from sidestep.ui.command_line import Plan, command_line, words_of
 from sidestep.ui.preset_list import RECOMMENDED, preset_choices
+from sidestep.ui.problems import close_log, open_log
 from tests.unit.stage import BACK, ENTER, EXIT, EXIT_AFTERWARDS, LEAVE, UP, Stage, down, make_models, stage, typed
 
 __all__ = ["stage"]
@@ -268,6 +270,22 @@ def test_an_error_of_an_action_becomes_the_exit_code_when_nothing_follows(stage:
     code, screen = stage.play(BUILD, typed(stage.songs()), ENTER, START, down(2), EXIT)
     assert code == 1
     assert "The song is broken." in screen and "Mend it." in screen
+
+
+def test_a_bug_in_an_action_is_reported_and_leads_back_to_the_menu(stage: Stage, monkeypatch: pytest.MonkeyPatch):
+    log = stage.folder / "sidestep.log"
+    monkeypatch.setattr(problems, "_log_path", lambda: open_log(log) or log)
+    stage.failures.append(ZeroDivisionError("float division by zero"))
+    code, screen = stage.play(BUILD, typed(stage.songs()), ENTER, START, SETTINGS, down(3), EXIT)
+    close_log()
+    assert "This is a bug in Side-Step: ZeroDivisionError: float division by zero" in screen
+    assert str(log) in "".join(screen.split())
+    assert "Traceback" in log.read_text(encoding="utf-8")
+    assert [plan.command for plan in stage.started] == ["build-dataset", "doctor"]
+    assert code == 0
+    stage.failures.append(ZeroDivisionError("again"))
+    assert stage.play(SETTINGS, down(3), EXIT)[0] == 70
+    close_log()
 
 
 def test_the_command_line_is_quoted_for_each_shell():
