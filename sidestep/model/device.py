@@ -189,7 +189,8 @@ def beside(stream: Stream) -> Iterator[None]:
 
 def capturing(graph: Graph, *, pool: Any) -> AbstractContextManager[None]:
     """Record what is done inside this context in `graph` instead of doing it; `pool` is another graph's memory."""
-    return torch.cuda.graph(graph, pool=pool)
+    # Threads that pin memory go on meanwhile, and are none of this recording.
+    return torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
 
 
 def _module(device: torch.device) -> Any:
