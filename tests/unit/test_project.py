@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import tomllib
 
 from sidestep.config.places import PROJECT, product_version
 from sidestep.config.readme import README, renewed
@@ -21,6 +22,15 @@ def test_the_committed_lock_names_no_addresses():
     assert "[package.metadata" not in lock
     assert re.search(r'name = "torch"\nversion = "2\.11\.', lock)
     assert re.search(r'name = "torchaudio"\nversion = "2\.11\.', lock)
+
+
+def test_uv_leaves_torch_on_windows_to_the_installer():
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
+    pins = [name for name in project["project"]["dependencies"] if name.startswith("torch")]
+    assert project["tool"]["uv"]["override-dependencies"] == [f"{pin}; sys_platform != 'win32'" for pin in pins]
+    needed = re.findall(r'\{ name = "(torch(?:audio)?)"(.*?) \}', committed("uv.lock"))
+    assert {name for name, _ in needed} == {"torch", "torchaudio"}
+    assert all("sys_platform != 'win32'" in rest for _, rest in needed), needed
 
 
 def test_the_argument_reference_of_the_readme_is_current():
