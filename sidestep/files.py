@@ -2,9 +2,20 @@
 
 import errno
 import os
+import time
 from pathlib import Path
 
 from sidestep.errors import RunError
+
+# Windows takes no file and no folder of these names, whatever their ending.
+DEVICE_NAMES = frozenset(
+    {"con", "prn", "aux", "nul", *(f"{port}{digit}" for port in ("com", "lpt") for digit in range(1, 10))}
+)
+# Windows' errors where another program (a virus scanner, OneDrive, a player) has a file open for a moment.
+HELD_BY_ANOTHER = (5, 32, 33)
+WAITS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # Seconds between the attempts to move such a file.
+IS_WINDOWS = os.name == "nt"
+WINDOWS_LONGEST_PATH = 259
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
@@ -22,11 +33,32 @@ def write_whole(path: Path, content: bytes | str) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(path)
+            move(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename a file or a folder, a file in the place of what is there; OSError when the system refuses.
+
+    Where Windows says that another program has it open, it is tried again for six seconds.
+    """
+    for wait in WAITS:
+        try:
+            source.replace(target)
+        except OSError as error:
+            if not _is_held(error):
+                raise
+            time.sleep(wait)
+        else:
+            return
+    source.replace(target)
+
+
+def _is_held(error: OSError) -> bool:
+    return getattr(error, "winerror", None) in HELD_BY_ANOTHER
 
 
 def cannot_write(path: Path, error: OSError) -> RunError:
@@ -34,4 +66,11 @@ def cannot_write(path: Path, error: OSError) -> RunError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return RunError(f"The disk is full: {path} cannot be written.", hint="Free some space, then run it again.")
     reason = error.strerror or str(error)
+    if _is_held(error):
+        how = "Close what may have it open (a player, an editor, OneDrive), and see that the folder may be written."
+        return RunError(f"{path} cannot be written: {reason.rstrip('.')}.", hint=how)
+    if IS_WINDOWS and len(str(path.absolute())) > WINDOWS_LONGEST_PATH:
+        return RunError(
+            f"Windows cannot write {path}: its path is too long.", hint="Choose a shorter path for the folder."
+        )
     return RunError(f"{path} cannot be written: {reason}.", hint="Choose another folder, or make this one writable.")

@@ -11,13 +11,12 @@ from sidestep.config.recipe import RECIPE_PINS
 from sidestep.config.settings import parse_values, settings_of, values_of
 from sidestep.config.train import TrainConfig
 from sidestep.errors import ConfigError
-from sidestep.files import write_whole
+from sidestep.files import DEVICE_NAMES, write_whole
 
 SHIPPED = PROJECT / "presets"
 CONFIG_FORMAT = 1
 PRESET_LIMIT = 1_000_000  # bytes; a preset is a page of text
 FORBIDDEN = set('/\\:*?"<>|\0')
-RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{digit}" for port in ("com", "lpt") for digit in range(1, 10))}
 
 
 def preset_folders() -> tuple[Path, Path]:
@@ -67,7 +66,7 @@ def delete_preset(name: str) -> None:
 def own_preset_path(name: str) -> Path:
     """Return the file of a preset of the user's own, there or not; ConfigError for what cannot be a name."""
     stem = name.strip()
-    if not stem or FORBIDDEN & set(stem) or ".." in stem or stem.lower() in RESERVED or stem != stem.strip("."):
+    if not stem or FORBIDDEN & set(stem) or ".." in stem or stem.lower() in DEVICE_NAMES or stem != stem.strip("."):
         raise ConfigError(f"'{name}' cannot be the name of a preset.", hint="Use letters, digits, - and _.")
     return preset_folders()[0] / f"{stem.replace(' ', '_')}.json"
 

@@ -22,6 +22,7 @@ from sidestep.config.settings import (
 )
 from sidestep.config.train import TrainConfig
 from sidestep.errors import ConfigError
+from sidestep.files import DEVICE_NAMES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +114,8 @@ def _unfit_name(name: str) -> str:
     """Say why this cannot be the name of an adapter's folder; empty when it can."""
     if not name.strip() or set(name) & set('./\\:*?"<>|') or not name.isprintable():
         return "other programs refuse dots and separators"
+    if name.lower() in DEVICE_NAMES or name != name.strip():
+        return "Windows has no folder of that name"
     if name.lower() in RESERVED_NAMES:
         return "the run keeps other files in a folder of that name"
     if len(name.encode()) > LONGEST_NAME:

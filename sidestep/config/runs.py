@@ -5,6 +5,7 @@ from itertools import count, takewhile
 from pathlib import Path
 
 from sidestep.errors import ConfigError, ModelError
+from sidestep.files import move
 
 CHECKPOINTS = "checkpoints"
 RUN_CONFIG = "config.json"
@@ -60,7 +61,7 @@ def set_aside_newer(run: Path, checkpoint: Path) -> list[Path]:
     for newer in takewhile(lambda folder: not folder.samefile(checkpoint), checkpoints_in(run)):
         numbers = (f"superseded_{newer.name}" + (f"_{n}" if n else "") for n in count())
         target = next(newer.with_name(name) for name in numbers if not newer.with_name(name).exists())
-        newer.rename(target)
+        move(newer, target)
         aside.append(target)
     return aside
 

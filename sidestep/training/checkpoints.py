@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sidestep.config.runs import RUN_CONFIG, STATE_FILE
 from sidestep.errors import ModelError, RunError
+from sidestep.files import move
 from sidestep.training.adapters.base import Adapter
 
 STATE_FORMAT = 1
@@ -125,12 +126,12 @@ def _put_in_place(temporary: Path, target: Path) -> None:
     replaced = target.with_name(f".{target.name}.replaced")
     if target.exists():
         shutil.rmtree(replaced, ignore_errors=True)
-        target.rename(replaced)
+        move(target, replaced)
     try:
-        temporary.rename(target)
+        move(temporary, target)
     except OSError:
         if replaced.exists():
-            replaced.rename(target)
+            move(replaced, target)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
 

@@ -1,0 +1,69 @@
+"""Files written whole, also where another program has one open for a moment, as on Windows."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sidestep import files
+from sidestep.errors import RunError
+from sidestep.files import WAITS, cannot_write, write_whole
+
+
+class HeldError(PermissionError):
+    """What Windows raises for a file that another program has open."""
+
+    winerror = 32
+
+
+class OtherProgram:
+    """Has the target open for so many attempts to replace it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, attempts: int, error: type[OSError] = HeldError) -> None:
+        self.attempts, self.error = attempts, error
+        self.waited: list[float] = []
+        self._replace = Path.replace
+        monkeypatch.setattr(Path, "replace", lambda source, target: self.replace(source, target))
+        monkeypatch.setattr(files.time, "sleep", self.waited.append)
+
+    def replace(self, source: Path, target: Path) -> Any:
+        if self.attempts:
+            self.attempts -= 1
+            raise self.error(13, "The process cannot access the file", str(target))
+        return self._replace(source, target)
+
+
+def test_a_file_that_a_scanner_has_open_is_replaced_when_it_lets_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "config.json"
+    path.write_text("old")
+    other = OtherProgram(monkeypatch, attempts=3)
+    write_whole(path, "new")
+    assert path.read_text() == "new"
+    assert other.waited == list(WAITS[:3])
+
+
+def test_a_file_that_stays_open_elsewhere_is_an_error_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "song.flac"
+    path.write_text("old")
+    other = OtherProgram(monkeypatch, attempts=99)
+    with pytest.raises(RunError, match="cannot be written: The process cannot access the file") as caught:
+        write_whole(path, "new")
+    assert "a player, an editor, OneDrive" in caught.value.hint
+    assert sum(other.waited) == pytest.approx(6.35)
+    assert [file.name for file in tmp_path.iterdir()] == ["song.flac"]
+    assert path.read_text() == "old"
+
+
+def test_a_folder_that_may_not_be_written_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    other = OtherProgram(monkeypatch, attempts=99, error=PermissionError)
+    with pytest.raises(RunError, match="cannot be written"):
+        write_whole(tmp_path / "song.flac", "new")
+    assert other.waited == []
+
+
+def test_a_path_that_is_too_long_for_windows_is_named_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    error = FileNotFoundError(2, "No such file or directory")
+    short, long = tmp_path / "a", tmp_path / ("a" * 260)
+    monkeypatch.setattr(files, "IS_WINDOWS", True)
+    assert "its path is too long" in cannot_write(long, error).message
+    assert "too long" not in cannot_write(short, error).message
