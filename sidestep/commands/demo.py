@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from sidestep.commands import build_dataset, train
 from sidestep.config.flags import GlobalConfig, parse
 from sidestep.config.settings import build, parse_values
+from sidestep.config.shell import shell_line, start_words
 from sidestep.config.tasks import BuildDatasetConfig, DemoConfig
 from sidestep.data.dataset_file import DATASET_FILE, read_dataset
 from sidestep.files import cannot_write
@@ -28,7 +28,6 @@ EPOCHS, MORE_EPOCHS = 10, 15
 RENDERED_SECONDS = 1.0
 ADAPTER = "toy"
 STEPS = 6
-COMMAND = ("uv", "run", "train.py")
 LINE = 76
 
 
@@ -115,7 +114,7 @@ def commands(place: Place) -> Sequence[Step]:
     """The steps between the toys and the sound, each with the words that are typed for it."""
     toy, real = _model(str(place.checkpoints)), _model("./checkpoints")
     songs, tensors, output = str(place.songs), str(place.tensors), str(place.output)
-    curves = shlex.quote(str(place.output / "runs"))
+    curves = shell_line([place.output / "runs"])
     return (
         Step(
             title="Collect what is known about the songs",
@@ -310,7 +309,7 @@ def command_lines(words: Sequence[str], *, width: int) -> Iterator[str]:
     r"""Yield a command in lines of at most `width` characters that end in \ where it goes on; never splits a flag
     from its value.
     """
-    line = shlex.join((*COMMAND, words[0]))
+    line = shell_line((*start_words(), words[0]))
     for argument in _arguments(words[1:]):
         if len(line) + len(argument) + 3 > width:
             yield f"{line} \\"
@@ -325,8 +324,8 @@ def _arguments(words: Sequence[str]) -> Iterator[str]:
     argument: list[str] = []
     for word in words:
         if word.startswith("--") and argument:
-            yield shlex.join(argument)
+            yield shell_line(argument)
             argument = []
         argument.append(word)
     if argument:
-        yield shlex.join(argument)
+        yield shell_line(argument)

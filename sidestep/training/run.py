@@ -1,7 +1,6 @@
 """A run as a whole: assembled, carried through the loop, saved."""
 
 import json
-import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
@@ -9,6 +8,7 @@ from typing import Protocol
 import torch
 
 from sidestep.config.runs import CHECKPOINTS, checkpoint_name
+from sidestep.config.shell import shell_line, start_words
 from sidestep.config.train import TrainConfig
 from sidestep.errors import DataError, NonFiniteError, NoRoomError, ReadingError
 from sidestep.events import AdapterSaved, CheckpointSaved, Emit, RunDone, RunStarted, Validated
@@ -59,7 +59,7 @@ def carry_out(
 
 def resume_command(run: Run) -> str:
     """Return what to type to go on with this run."""
-    return f"uv run train.py {run.recipe.name} --resume-from {shlex.quote(str(run.output_dir))}"
+    return shell_line([*start_words(), run.recipe.name, "--resume-from", run.output_dir])
 
 
 def _started(run: Run) -> RunStarted:

@@ -1,16 +1,13 @@
 """The command line that does what the wizard was told, to be copied."""
 
 import os
-import shlex
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sidestep.config.flags import COMMANDS
 from sidestep.config.settings import Setting, settings_of, show_value
-
-START = ("uv", "run", "train.py")
+from sidestep.config.shell import shell_line, start_words
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +28,7 @@ def words_of(plan: Plan) -> list[str]:
 
 def command_line(plan: Plan, *, is_windows: bool = os.name == "nt") -> str:
     """The command line in one piece, quoted for the system's shell."""
-    words = [*START, *words_of(plan)]
-    return subprocess.list2cmdline(words) if is_windows else shlex.join(words)
+    return shell_line([*start_words(), *words_of(plan)], is_windows=is_windows)
 
 
 def word_of(value: Any) -> str:

@@ -1,6 +1,5 @@
 """Fetches the models from Hugging Face: resumable, with the hub's own progress bars, and checked to be whole."""
 
-import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sidestep.config.places import MAIN_REPOSITORY, MODEL_REPOSITORY
+from sidestep.config.shell import shell_line
 from sidestep.errors import RunError
 
 LANGUAGE_MODELS = ("acestep-5Hz-lm-*",)  # Plans songs at inference; nothing here reads it.
@@ -26,7 +26,7 @@ class Fetch:
     def command(self) -> str:
         """The command that fetches the same."""
         words = ["hf", "download", self.repository, "--local-dir", str(self.folder)]
-        return shlex.join([*words, *(word for pattern in self.without for word in ("--exclude", f"{pattern}/*"))])
+        return shell_line([*words, *(word for pattern in self.without for word in ("--exclude", f"{pattern}/*"))])
 
 
 class Hub(Protocol):

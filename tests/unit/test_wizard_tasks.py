@@ -293,7 +293,7 @@ def test_the_command_line_is_quoted_for_each_shell():
     assert command_line(plan, is_windows=False) == (
         """uv run train.py build-dataset --input 'my songs' --tag 'it'"'"'s'"""
     )
-    assert command_line(plan, is_windows=True) == 'uv run train.py build-dataset --input "my songs" --tag it\'s'
+    assert command_line(plan, is_windows=True) == 'uv run train.py build-dataset --input "my songs" --tag "it\'s"'
 
 
 def test_every_setting_survives_the_way_through_the_command_line():
