@@ -10,6 +10,7 @@ from typing import Any
 from sidestep.config.flags import GlobalConfig, Typed, parse, parser
 from sidestep.config.settings import build, parse_values, settings_of
 from sidestep.errors import EXIT_BUG, SidestepError
+from sidestep.ui.wording import tolerate_unprintable
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
@@ -19,23 +20,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run Side-Step and return its exit code: 0 done, 1 data, model or machine, 2 usage, 70 a bug, 130 interrupted."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     plain = "--plain" in words
+    for stream in (sys.stdout, sys.stderr):
+        tolerate_unprintable(stream)
     try:
         return _dispatch(parse(words))
     except SidestepError as error:
-        from sidestep.ui.problems import log_traceback, quiet_libraries, show_error
-
-        quiet_libraries()
-        log_traceback(error)
-        show_error(error, stream=sys.stderr, plain=plain)
-        return error.exit_code
+        return _show(error, plain=plain)
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "torchaudio"):
+            from sidestep.commands.torch_build import torch_is_missing
+
+            return _show(torch_is_missing(), plain=plain)
         from sidestep.ui.problems import show_bug
 
         show_bug(error, stream=sys.stderr, plain=plain)
         return EXIT_BUG
+
+
+def _show(error: SidestepError, *, plain: bool) -> int:
+    from sidestep.ui.problems import log_traceback, quiet_libraries, show_error
+
+    quiet_libraries()
+    log_traceback(error)
+    show_error(error, stream=sys.stderr, plain=plain)
+    return error.exit_code
 
 
 def _dispatch(typed: Typed) -> int:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks the run to stop when its step is done, the second stops at once."""
+"""Ctrl-C, Ctrl-Break and SIGTERM: the first asks the run to stop when its step is done, the second stops at once."""
 
 import signal
 import sys
@@ -7,7 +7,8 @@ from typing import Any, Self
 
 from sidestep.events import Emit, Notice
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Windows alone has Ctrl-Break; it ends a process that does not take it.
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK")
 
 
 class Interrupts:
@@ -23,7 +24,8 @@ class Interrupts:
         return self._is_requested
 
     def __enter__(self) -> Self:
-        self._earlier = {number: signal.signal(number, self._take) for number in _SIGNALS}
+        numbers = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
+        self._earlier = {number: signal.signal(number, self._take) for number in numbers}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -3,7 +3,6 @@
 Everything that can be checked without torch is checked before the door to it opens.
 """
 
-import shlex
 import tempfile
 import time
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sidestep.commands.interrupts import Interrupts
+from sidestep.commands.torch_build import warn_of_idle_gpu
 from sidestep.config.flags import GlobalConfig, LayersConfig
 from sidestep.config.places import default_checkpoint_dir, product_version, remember
 from sidestep.config.presets import is_run_config, save_preset
@@ -21,6 +21,7 @@ from sidestep.config.recipe import RECIPE_PINS
 from sidestep.config.resolve import resolve_training
 from sidestep.config.runs import RUN_CONFIG, check_adapter_folders, checkpoints_in, run_of, set_aside_newer
 from sidestep.config.settings import build, parse_values, settings_of
+from sidestep.config.shell import shell_line
 from sidestep.config.train import TrainConfig
 from sidestep.data.audio import AUDIO_SUFFIXES
 from sidestep.data.dataset_file import load_dataset
@@ -104,6 +105,7 @@ def _preprocess(config: TrainConfig, checkpoint: Checkpoint, console: Console) -
         from sidestep.model.device import choose_device, choose_dtype
         from sidestep.preprocess.run import preprocess
 
+        warn_of_idle_gpu(config.device, console)
         device = choose_device(config.device)
         if config.output_dir is not None:
             from sidestep.training.accelerate import check_device
@@ -136,6 +138,8 @@ def _train(command: str, config: TrainConfig, checkpoint: Checkpoint, output_dir
     quiet_libraries()
     open_log(writable_folder(output_dir) / LOG_NAME)
     with ExitStack() as stack:
+        if not config.preprocess:
+            warn_of_idle_gpu(config.device, console)
         show = stack.enter_context(open_screen(console))
         read_ahead(decoder_tensors(checkpoint).values())  # While torch is loaded, which takes seconds.
         from sidestep.listen.page import ReportPage
@@ -195,7 +199,7 @@ def _check_output(output_dir: Path, run_name: str, *, goes_on: bool) -> None:
     if not goes_on and checkpoints_in(output_dir):
         raise ConfigError(
             f"{output_dir} holds a run already.",
-            hint=f"Go on with it: --resume-from {shlex.quote(str(output_dir))}; or choose another --output-dir.",
+            hint=f"Go on with it: --resume-from {shell_line([output_dir])}; or choose another --output-dir.",
         )
     check_adapter_folders(output_dir, run_name, goes_on=goes_on)
     config = output_dir / RUN_CONFIG
@@ -213,7 +217,7 @@ def check_tensors(dataset_dir: Path) -> None:
         raise DataError(f"There is no folder {dataset_dir} with tensors.", hint=how)
     if not any(dataset_dir.glob("*.pt")):
         if _has_audio(dataset_dir):
-            how = f"It holds audio: preprocess it with --preprocess --audio-dir {shlex.quote(str(dataset_dir))}"
+            how = f"It holds audio: preprocess it with --preprocess --audio-dir {shell_line([dataset_dir])}"
         raise DataError(f"There are no tensor files (.pt) in {dataset_dir}.", hint=how)
 
 

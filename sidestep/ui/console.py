@@ -1,6 +1,5 @@
 """The screen: rich on a terminal, plain lines everywhere else."""
 
-import io
 import os
 import sys
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from sidestep.ui.wording import printable
+from sidestep.ui.wording import printable, tolerate_unprintable
 
 GAP = 2
 NARROWEST = 20  # Cells; a narrower terminal wraps by itself.
@@ -92,12 +91,6 @@ def open_console(*, plain: bool, stream: TextIO | None = None) -> Console:
     """The console on `stream` (stdout if not given): plain on request, and where no terminal could show more."""
     target = stream or sys.stdout
     return Console(target, is_plain=plain or not target.isatty() or os.environ.get("TERM") == "dumb")
-
-
-def tolerate_unprintable(stream: TextIO) -> None:
-    """Let a stream write "?" for a character its encoding lacks (cp1252, ASCII) instead of failing."""
-    if isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(errors="replace")
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -1,9 +1,11 @@
 """How names, numbers and times are written for people, on every screen alike."""
 
+import io
 import math
 import unicodedata
 from collections.abc import Sequence
 from itertools import chain
+from typing import TextIO
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 ASCII_BLOCKS = "_.-~=+*#"
@@ -18,6 +20,12 @@ _ISOLATES = dict.fromkeys(range(0x2066, 0x206A)) | {ord("\n"): "\ufffd"}
 def printable(text: str) -> str:
     """The text without characters that would steer a terminal; newlines stay."""
     return text.translate(_SAFE)
+
+
+def tolerate_unprintable(stream: TextIO) -> None:
+    """Let a stream write "?" for a character its encoding lacks (cp1252, ASCII) instead of failing."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")
 
 
 def one_line(name: str) -> str:

@@ -21,9 +21,9 @@ print(f"\\n{code} {sorted(heavy)}")
 """
 
 
-def start(*arguments: str, home: Path) -> tuple[str, str, str]:
+def start(*arguments: str, home: Path, **settings: str) -> tuple[str, str, str]:
     """Return the last line of the probe, and what was printed on stdout and stderr."""
-    environment = {"PATH": "", "HOME": str(home), "XDG_CONFIG_HOME": str(home), "APPDATA": str(home)}
+    environment = {"PATH": "", "HOME": str(home), "XDG_CONFIG_HOME": str(home), "APPDATA": str(home), **settings}
     done = subprocess.run(
         [sys.executable, "-c", PROBE, *arguments],
         cwd=PROJECT, env=environment, capture_output=True, text=True, encoding="utf-8", check=True,
@@ -59,6 +59,8 @@ def test_help_loads_no_torch(arguments: list[str], tmp_path: Path):
         (["fixed", "--resume-from", "nowhere"], 1, "There is no folder nowhere to resume from."),
         (["fixed", "--preset", "recomended", "-d", "a", "-o", "b"], 2, "There is no preset 'recomended'"),
         (["fixed", "-d", "a", "-o", "b", "--run-name", "Checkpoints"], 2, "keeps other files in a folder of that name"),
+        (["fixed", "-d", "a", "-o", "b", "--run-name", "Con"], 2, "Windows has no folder of that name"),
+        (["fixed", "-d", "a", "-o", "b", "--run-name", "song "], 2, "Windows has no folder of that name"),
         (["fixed", "-d", "a", "-o", "b", "--run-name", "x" * 201], 2, "it is longer than 200 bytes"),
         (["build-dataset", "--input", "nowhere"], 1, "nowhere"),
         (["build-dataset", "--input", "x" * 300], 2, "that name is too long for this system."),
@@ -79,3 +81,16 @@ def test_without_a_terminal_and_without_a_command_there_is_a_short_help(tmp_path
     assert last == "2 []"
     assert "fixed" in shown and "build-dataset" in shown
     assert errors.strip() == "The wizard asks questions and needs a terminal; without one, name a COMMAND."
+
+
+def test_a_name_that_the_console_cannot_show_stops_neither_help_nor_a_message(tmp_path: Path):
+    last, _, errors = start("fixed", "--夜", "-d", "a", home=tmp_path, PYTHONIOENCODING="cp1252")
+    assert last == "2 []"
+    assert "fixed has no flag --?." in errors
+
+
+def test_a_python_without_torch_is_told_how_to_get_it(tmp_path: Path):
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
+    last, _, errors = start("--version", home=tmp_path, PYTHONPATH=str(tmp_path))
+    assert last == "1 []"
+    assert "torch is not installed here." in errors and "install" in errors.split("\n")[1]
