@@ -23,7 +23,7 @@ class GlobalConfig:
     """Flags that stand before or after the subcommand."""
 
     plain: bool = option("Plain lines, no live display; automatic when piped.", group="Global", default=False)
-    yes: bool = option("Ask for no confirmation.", group="Global", default=False, short="-y")
+    yes: bool = option("Ask for no confirmation (no command asks today).", group="Global", default=False, short="-y")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
