@@ -109,7 +109,7 @@ install_packages() {
     install_with auto again
   else
     echo "No NVIDIA GPU answers here: training will be very slow, unless torch has a build for the GPU that there is."
-    if "$python" -c "$uses_gpu" 2>/dev/null; then install_with auto; else install_with auto again; fi
+    install_with auto
   fi
   if [ -n "$gpu" ] && ! "$python" -c "$uses_gpu" 2>/dev/null; then
     echo
@@ -118,7 +118,7 @@ install_packages() {
   fi
 }
 
-# $1: the torch build; $2: whether a torch that is there already is replaced.
+# $1: the torch build; $2: whether a torch that is there already is replaced, and fetched anew.
 install_with() {
   local options=()
   [ "$1" = index ] || options+=(--torch-backend "$1")

@@ -137,12 +137,14 @@ echo No NVIDIA GPU answers here: training will be very slow, unless torch has a 
 echo   If there is one from NVIDIA, install its driver, then run this again.
 
 :install
-rem Another build of torch is looked for only where one was asked for or the one that is there does not use the GPU.
-set "AGAIN="
+rem A torch that is there is replaced, and fetched anew, only where one was asked for or it does not use the GPU.
 set "USES_GPU=import sys, torch; sys.exit(not torch.cuda.is_available())"
-if not defined TORCH "%PYTHON%" -c "%USES_GPU%" >nul 2>nul
-if not defined TORCH if %errorlevel% equ 0 goto choose_torch
 set "AGAIN=--reinstall-package torch --reinstall-package torchaudio"
+if defined TORCH goto choose_torch
+if not defined GPU set "AGAIN="
+if not defined GPU goto choose_torch
+"%PYTHON%" -c "%USES_GPU%" >nul 2>nul
+if %errorlevel% equ 0 set "AGAIN="
 :choose_torch
 if not defined TORCH if defined UV_TORCH_BACKEND set "TORCH=%UV_TORCH_BACKEND%"
 if not defined TORCH set "TORCH=auto"

@@ -110,6 +110,7 @@ def linux(tmp_path: Path) -> Linux:
 def test_without_a_gpu_torch_gets_the_build_that_uv_chooses(linux: Linux):
     assert linux.run("--yes") == 0, linux.output
     assert linux.installs() == ["auto"]
+    assert "--reinstall-package" not in "".join(linux.calls)
     assert "No NVIDIA GPU answers here" in linux.output
     assert "python train.py doctor" in linux.calls
     assert "Side-Step is installed. Start it with ./side-step\n  and not with uv run" in linux.output
