@@ -21,7 +21,6 @@ main() {
     esac
     shift
   done
-  unset UV_TORCH_BACKEND  # Else `index` would not mean the index.
   cd "$(dirname "$0")"
   check_folder
   [ -n "$updated" ] || echo "Installing Side-Step. Nothing here needs root; run this again to update."
@@ -29,6 +28,7 @@ main() {
     update
     exec ./install.sh --updated ${arguments[@]+"${arguments[@]}"}
   fi
+  unset UV_TORCH_BACKEND  # Else `index` would not mean the index.
   find_uv
   find_python
   install_packages "$torch"

@@ -71,13 +71,13 @@ class Linux:
         for name in programs:
             shutil.copy(self.root / name, self.programs)
 
-    def run(self, *arguments: str, file: str = "install.sh", fails: str = "", cuda: str = "") -> int:
+    def run(self, *arguments: str, file: str = "install.sh", fails: str = "", cuda: str = "", **more: str) -> int:
         """Run a script of the folder from another folder; give its exit code."""
         log = self.root / "calls"
         log.write_text("")
         environment = {
             **{"PATH": f"{self.programs}:{self.tools}", "HOME": str(self.root / "home")},
-            **{"PROGRAMS": str(self.programs), "CALLS": str(log), "FAILS": fails, "CUDA": cuda},
+            **{"PROGRAMS": str(self.programs), "CALLS": str(log), "FAILS": fails, "CUDA": cuda, **more},
         }
         done = subprocess.run(
             [self.folder / file, *arguments],
@@ -144,6 +144,8 @@ def test_a_driver_that_is_too_old_for_every_torch_is_said_and_side_step_is_there
 def test_a_torch_build_can_be_chosen(linux: Linux):
     assert linux.run("--yes", "--torch", "rocm6.4") == 0, linux.output
     assert linux.installs() == ["rocm6.4"]
+    assert linux.run("--yes", UV_TORCH_BACKEND="cpu") == 0, linux.output
+    assert linux.installs() == ["cpu"]
 
 
 def test_uv_is_fetched_where_there_is_none(linux: Linux):

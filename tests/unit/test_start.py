@@ -1,5 +1,6 @@
 """Starting up: help, wrong flags and missing folders answer without torch."""
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from sidestep.config.places import PROJECT
+from sidestep.main import main
+from sidestep.ui.problems import close_log
 
 # Runs train.py as a user does, then says on the last line which heavy modules were imported on the way.
 PROBE = """
@@ -94,3 +97,15 @@ def test_a_python_without_torch_is_told_how_to_get_it(tmp_path: Path):
     last, _, errors = start("--version", home=tmp_path, PYTHONPATH=str(tmp_path))
     assert last == "1 []"
     assert "torch is not installed here." in errors and "install" in errors.split("\n")[1]
+
+
+def test_an_error_of_our_own_is_told_as_one_and_exits_with_70(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr("sidestep.main.parse", lambda words: 1 / 0)
+    monkeypatch.setattr("platformdirs.user_log_path", lambda *names, **more: tmp_path)
+    stream = io.StringIO()
+    monkeypatch.setattr("sys.stderr", stream)
+    code = main(["fixed"])
+    close_log()
+    assert code == 70
+    assert stream.getvalue().startswith("This is a bug in Side-Step: ZeroDivisionError: division by zero\n")
+    assert "ZeroDivisionError" in (tmp_path / "sidestep.log").read_text(encoding="utf-8")
