@@ -5,6 +5,7 @@ import shlex
 import subprocess
 from collections.abc import Iterable
 
+INSTALLER = "install_windows.bat" if os.name == "nt" else "./install.sh"
 START_VARIABLE = "SIDESTEP_START"  # Set by the launchers that the installers leave.
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
+from sidestep.config.shell import INSTALLER
 from sidestep.config.train import TrainConfig
 from sidestep.demo.checkpoint import build_toy_checkpoint
 from sidestep.doctor.finding import Finding
@@ -40,7 +41,7 @@ WINDOW = 32
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 LOSS_ROUNDING = 0.05
 SCALINGS = 8  # By half each.
-GET_TORCH = "Install a torch built for it: pytorch.org, Get Started, gives the command."
+GET_TORCH = f"{INSTALLER} in Side-Step's folder installs the torch that fits."
 CPU = torch.device("cpu")
 
 
@@ -116,7 +117,7 @@ def _parts(device: torch.device) -> Finding:
         except Exception as error:  # Whatever a library that does not fit the driver raises is what is to be told.
             text = f"{name} cannot be used: {_first_line(error)}"
             return Finding(
-                "Parts", text, "note", "Use --optimizer-type adafactor and --quantize int8, or run 'uv sync'."
+                "Parts", text, "note", f"Use --optimizer-type adafactor and --quantize int8, or run {INSTALLER}."
             )
     if not tries:
         return Finding("Parts", f"{able.name} has no adamw8bit and no --quantize nf4; adafactor and int8 do instead.")

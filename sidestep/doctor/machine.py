@@ -15,6 +15,7 @@ import numpy as np
 import soundfile
 
 from sidestep.config.places import PROJECT, product_version
+from sidestep.config.shell import INSTALLER
 from sidestep.doctor.finding import Finding
 
 GIB = 2**30
@@ -29,7 +30,7 @@ FORMATS = {
     "ogg": ("OGG", "VORBIS"),
     "opus": ("OGG", "OPUS"),
 }
-SYNC = "Run 'uv sync' in the folder of Side-Step; 'uv run' does it by itself."
+SYNC = f"{INSTALLER} in Side-Step's folder installs what is needed."
 
 
 def versions() -> Iterator[Finding]:

@@ -19,6 +19,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 Graph = torch.cuda.CUDAGraph
 Stream = torch.cuda.Stream
+Mark = torch.cuda.Event
 
 
 def choose_device(name: str) -> torch.device:
@@ -65,6 +66,11 @@ def device_count(kind: str) -> int:
 def torch_build() -> str:
     """Return what the installed torch was built for: `CUDA 12.8`, `ROCm 6.4`, or neither: `CUDA none`."""
     return f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda or 'none'}"
+
+
+def has_cuda() -> bool:
+    """Say whether the installed torch was built for NVIDIA's GPUs."""
+    return torch.version.cuda is not None
 
 
 def _why_missing(kind: str) -> str:
@@ -136,6 +142,21 @@ def synchronize(device: torch.device) -> None:
     """Wait until a device has done all it was given."""
     if device.type != "cpu":
         _module(device).synchronize()
+
+
+def works_beside_the_cpu(device: torch.device) -> bool:
+    """Say whether a device computes while the CPU does something else."""
+    return device.type != "cpu"
+
+
+def current_stream(device: torch.device) -> Stream:
+    """Return the stream that work for a device with streams (CUDA, ROCm) is queued on now."""
+    return torch.cuda.current_stream(device)
+
+
+def queued_on(stream: Stream) -> AbstractContextManager[object]:
+    """Queue work on this stream inside this context; nothing waits for it."""
+    return torch.cuda.stream(stream)
 
 
 def generation(device: torch.device) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sidestep.data.audio import read_audio
 from sidestep.data.loudness import normalize
 from sidestep.errors import DataError
+from sidestep.model.capabilities import capabilities
 from sidestep.preprocess.tensors import FRAMES_PER_SECOND
 
 SAMPLE_RATE = 48_000
@@ -106,7 +107,7 @@ def encode_wave(vae: AutoencoderOobleck, wave: Tensor, *, tile_frames: int = TIL
 
 
 def _to_device(tile: Tensor, vae: AutoencoderOobleck) -> Tensor:
-    if vae.device.type == "cuda":
+    if capabilities(vae.device).pins_memory:
         # A copy from pageable memory would wait for the tile before it to be encoded.
         return tile.pin_memory().to(vae.device, non_blocking=True).to(vae.dtype)
     return tile.to(device=vae.device, dtype=vae.dtype)

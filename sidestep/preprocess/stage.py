@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sidestep.errors import DataError
 from sidestep.events import Emit, Notice, StageDone, StageStarted, TrackDone, TrackSkipped
+from sidestep.model.device import works_beside_the_cpu
 from sidestep.preprocess.tensors import is_finite
 
 READ_AHEAD_SECONDS = 1200  # Of music: in memory 460 MB, whatever the length of the songs.
@@ -54,7 +55,7 @@ class Flow:
     @classmethod
     def on(cls, device: torch.device) -> "Flow":
         """The flow for a device: on the CPU nothing overlaps, since encoding takes all of it."""
-        if device.type == "cpu":
+        if not works_beside_the_cpu(device):
             return cls(threads=0, rows=0)
         return cls(threads=min(THREADS, os.cpu_count() or 1), rows=ROWS_TOGETHER)
 

@@ -9,6 +9,7 @@ import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from sidestep.config.shell import INSTALLER
 from sidestep.errors import ConfigError
 from sidestep.model.capabilities import capabilities
 
@@ -66,5 +67,5 @@ def _package(module: str, optimizer: str) -> ModuleType:
         package = module.split(".")[0]
         raise ConfigError(
             f"{optimizer} needs the package {package}, which cannot be loaded here: {error}.",
-            hint="Run 'uv sync', or choose --optimizer-type adamw.",
+            hint=f"Run {INSTALLER}, or choose --optimizer-type adamw.",
         ) from error

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from sidestep.errors import SidestepError
+from sidestep.model.capabilities import capabilities
+from sidestep.model.device import Mark, Stream, current_stream, queued_on
 from sidestep.training.batches import Batch
 from sidestep.training.objective import Task
 
@@ -16,15 +18,15 @@ Begun = TypeVar("Begun")
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Yield the batches on a CUDA device, each copied by a stream of its own while the step before it runs.
+    """Yield the batches on a device with streams (CUDA, ROCm), each copied by one while the step before it runs.
 
     Their timesteps stay on the CPU, where the log reads them without waiting. For other devices the batches are yielded
     as they are.
     """
-    if device.type != "cuda":
+    if not capabilities(device).captures:
         yield from batches
         return
-    stream = torch.cuda.Stream(device)
+    stream = Stream(device)
     for arriving in one_ahead(batches, lambda batch: _begin(batch, device, stream)):
         yield arriving.wait()
 
@@ -61,27 +63,27 @@ class _Arriving:
     """A batch whose copy was begun, and the event that marks its end."""
 
     batch: Batch
-    copied: torch.cuda.Event
-    stream: torch.cuda.Stream
+    copied: Mark
+    stream: Stream
 
     def wait(self) -> Batch:
         """Have the work queued from now on wait for the copy; the CPU does not wait."""
-        stream = torch.cuda.current_stream(self.stream.device)
+        stream = current_stream(self.stream.device)
         stream.wait_event(self.copied)
         for tensor in self.batch.task.parts():
-            if tensor is not None and tensor.is_cuda:
+            if tensor is not None and tensor.device == self.stream.device:
                 # Or its memory could be given to the next copy while a step still reads it.
                 tensor.record_stream(stream)
         return self.batch
 
 
-def _begin(batch: Batch, device: torch.device, stream: torch.cuda.Stream) -> _Arriving:
+def _begin(batch: Batch, device: torch.device, stream: Stream) -> _Arriving:
     timesteps_B = batch.task.timesteps_B
-    with torch.cuda.stream(stream):
+    with queued_on(stream):
         moved: list[Tensor | None] = [
             tensor if tensor is None or tensor is timesteps_B else tensor.to(device, non_blocking=True)
             for tensor in batch.task.parts()
         ]
-        copied = torch.cuda.Event()
+        copied = Mark()
         copied.record(stream)
     return _Arriving(Batch(Task(*moved), batch.names), copied, stream)  # pyright: ignore[reportArgumentType]

@@ -59,10 +59,10 @@ def test_the_model_the_output_and_the_device_are_the_ones_that_were_typed(
     ("torch_is_for", "there", "gpus", "amd", "level", "sentence", "way_out"),
     [
         ("CUDA 13.0", ["cuda", "cpu"], ["RTX 3060, 12 GB"], False, "ok", "for CUDA 13.0.", ""),
-        ("CUDA none", ["cpu"], ["RTX 3060, 12 GB"], False, "problem", "cannot use RTX 3060, 12 GB", "pytorch.org"),
-        ("ROCm 7.1", ["cpu"], ["RTX 3060, 12 GB"], False, "problem", "cannot use RTX 3060, 12 GB", "pytorch.org"),
+        ("CUDA none", ["cpu"], ["RTX 3060, 12 GB"], False, "problem", "cannot use RTX 3060, 12 GB", "install"),
+        ("ROCm 7.1", ["cpu"], ["RTX 3060, 12 GB"], False, "problem", "cannot use RTX 3060, 12 GB", "install"),
         ("CUDA 13.0", ["cpu"], ["RTX 3060, 12 GB"], False, "problem", "though the driver does", "Update NVIDIA's"),
-        ("CUDA 13.0", ["cpu"], [], True, "note", "AMD GPU", "pytorch.org"),
+        ("CUDA 13.0", ["cpu"], [], True, "note", "AMD GPU", "install"),
         ("ROCm 7.1", ["cuda", "cpu"], [], True, "ok", "for ROCm 7.1.", ""),
         ("CUDA none", ["mps", "cpu"], [], False, "ok", "for CUDA none.", ""),
         ("CUDA none", ["cpu"], [], False, "note", "no GPU was found", "GPU"),

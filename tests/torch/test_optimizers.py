@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
+from sidestep.config.shell import INSTALLER
 from sidestep.config.train import TrainConfig
 from sidestep.errors import ConfigError
 from sidestep.events import Metrics, Notice
@@ -126,7 +127,7 @@ def test_a_missing_package_is_an_error_with_the_remedy_and_never_another_optimiz
     songs = write_songs(tmp_path / "songs", base, (30,))
     with pytest.raises(ConfigError, match=f"{name} needs the package {package}") as caught:
         prepare(tiny_config(optimizer_type=name), base, songs, tmp_path / "run")
-    assert "uv sync" in caught.value.hint
+    assert INSTALLER in caught.value.hint
     assert "--optimizer-type adamw" in caught.value.hint
 
 

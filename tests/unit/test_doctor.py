@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from sidestep.config.places import PROJECT, product_version
+from sidestep.config.shell import INSTALLER
 from sidestep.doctor import machine
 from sidestep.doctor.finding import Finding
 from sidestep.doctor.folders import models, output
@@ -41,7 +42,7 @@ def test_a_package_that_is_missing_is_a_problem_and_another_torch_a_note(monkeyp
     # bitsandbytes is not for every system.
     assert (missing.level, missing.text) == ("problem", "These are not installed: peft.")
     assert (other.level, other.text) == ("note", "torch 2.110.1 is not the 2.11 that Side-Step was tested with.")
-    assert "uv sync" in missing.way_out and "uv sync" in other.way_out
+    assert INSTALLER in missing.way_out and INSTALLER in other.way_out
 
 
 def test_every_format_that_songs_may_have_is_read():
@@ -123,5 +124,5 @@ def test_where_torch_cannot_be_loaded_all_that_needs_none_is_said_first(tmp_path
     abouts = [line[9:20].strip() for line in lines if line[:9].strip() in ("ok", "note", "problem")]
     assert abouts == ["Side-Step", "Sound", "Readers", "Output", "Models", "torch"]
     assert "cannot be loaded: OSError: libcudart.so.13: cannot open shared object file" in done.stdout
-    assert "uv sync" in done.stdout
+    assert INSTALLER in done.stdout
     assert lines[-1] == "2 problems to mend before training can work here."
