@@ -6,9 +6,11 @@ SidestepError            a message, a hint with the way out, and an exit code
 ├── DataError     exit 1  audio, a sidecar, dataset.json or a tensor file is wrong
 ├── ModelError    exit 1  a checkpoint or an adapter is missing, damaged or of another model
 └── RunError      exit 1  memory or disk ran out
-    ├── NoRoomError       the device's memory is too small
+    ├── NoRoomError       the device's memory is too small; NoRoomElsewhereError: another process's is
     ├── NonFiniteError    the loss or its gradient is no longer a finite number
-    └── ReadingError      a process that reads the songs was killed
+    ├── ReadingError      a process that reads the songs was killed
+    ├── LostProcessError  another process of the run ended without a word
+    └── ElsewhereError    another process of the run failed, and says why itself
 ```
 Anything else that reaches `main`, or ends an action of the wizard, is a bug of ours: exit 70.
 """
@@ -49,9 +51,24 @@ class NoRoomError(RunError):
     """The device's memory is too small for what was asked."""
 
 
+class NoRoomElsewhereError(NoRoomError):
+    """The device of another process of the run is too small."""
+
+
 class NonFiniteError(RunError):
     """The loss or its gradient is no longer a finite number; the weights were not touched."""
 
 
 class ReadingError(RunError):
     """A process that reads the songs was killed; found between two steps."""
+
+
+class LostProcessError(RunError):
+    """Another process of the run ended without a word; found where they meet."""
+
+
+class ElsewhereError(RunError):
+    """Another process of the run failed and tells its user why; this one ends in silence."""
+
+    def __init__(self) -> None:
+        super().__init__("Another process of this run failed.")

@@ -7,9 +7,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from sidestep.commands.processes import joined_processes
 from sidestep.config.flags import GlobalConfig, Typed, parse, parser
+from sidestep.config.processes import Processes
 from sidestep.config.settings import build, parse_values, settings_of
-from sidestep.errors import EXIT_BUG, SidestepError
+from sidestep.errors import EXIT_BUG, ConfigError, ElsewhereError, SidestepError
 from sidestep.ui.wording import tolerate_unprintable
 
 EXIT_USAGE = 2
@@ -23,7 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         tolerate_unprintable(stream)
     try:
-        return _dispatch(parse(words))
+        with joined_processes() as processes:
+            return _dispatch(parse(words), processes)
+    except ElsewhereError as error:
+        return error.exit_code
     except SidestepError as error:
         return _show(error, plain=plain)
     except KeyboardInterrupt:
@@ -49,21 +54,28 @@ def _show(error: SidestepError, *, plain: bool) -> int:
     return error.exit_code
 
 
-def _dispatch(typed: Typed) -> int:
+def _dispatch(typed: Typed, processes: Processes) -> int:
     if typed.version:
         return _show_versions()
     globals_ = {setting.name for setting in settings_of(GlobalConfig)}
     screen = build(GlobalConfig, parse_values(GlobalConfig, {k: v for k, v in typed.values.items() if k in globals_}))
+    values = {name: value for name, value in typed.values.items() if name not in globals_}
+    if typed.command in _TRAINING:
+        return _train(typed.command, values, screen, processes)
+    if processes.count > 1:
+        raise ConfigError(
+            f"{typed.command or 'The wizard'} runs in one process, and a launcher started {processes.count}.",
+            hint=f"Start it without torchrun. Several processes are for: {', '.join(_TRAINING)}.",
+        )
     if typed.command is None:
         return _wizard(screen)
-    values = {name: value for name, value in typed.values.items() if name not in globals_}
     return _COMMANDS[typed.command](typed.command, values, screen)
 
 
-def _train(command: str, values: Mapping[str, Any], screen: GlobalConfig) -> int:
+def _train(command: str, values: Mapping[str, Any], screen: GlobalConfig, processes: Processes) -> int:
     from sidestep.commands.train import run
 
-    return run(command, values, screen=screen)
+    return run(command, values, screen=screen, processes=processes)
 
 
 def _build_dataset(command: str, values: Mapping[str, Any], screen: GlobalConfig) -> int:
@@ -132,9 +144,8 @@ def _show_versions() -> int:
     return show_versions()
 
 
+_TRAINING = ("fixed", "vanilla")
 _COMMANDS: Mapping[str, Callable[[str, Mapping[str, Any], GlobalConfig], int]] = {
-    "fixed": _train,
-    "vanilla": _train,
     "build-dataset": _build_dataset,
     "sample": _sample,
     "export": _export,

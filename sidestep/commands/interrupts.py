@@ -12,10 +12,15 @@ _SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK")
 
 
 class Interrupts:
-    """While open, the first signal sets `is_requested` and the second raises KeyboardInterrupt."""
+    """While open, the first signal sets `is_requested` and the second raises KeyboardInterrupt.
 
-    def __init__(self, emit: Emit) -> None:
+    Where `can_be_repeated`, a second one means no more than the first: a launcher passes on what a job manager has sent
+    to every process already, and kills what does not end by itself.
+    """
+
+    def __init__(self, emit: Emit, *, can_be_repeated: bool = False) -> None:
         self._emit = emit
+        self._can_be_repeated = can_be_repeated
         self._is_requested = False
         self._earlier: dict[int, Any] = {}
 
@@ -34,8 +39,11 @@ class Interrupts:
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         if self._is_requested:
+            if self._can_be_repeated:
+                return
             # What is cut off half-made fails once more while it is taken down; that is nothing to read.
             sys.unraisablehook = lambda unraisable: None
             raise KeyboardInterrupt
         self._is_requested = True
-        self._emit(Notice(text="Stopping: this step is finished and saved first. Ctrl-C again stops at once."))
+        again = "" if self._can_be_repeated else " Ctrl-C again stops at once."
+        self._emit(Notice(text=f"Stopping: this step is finished and saved first.{again}"))

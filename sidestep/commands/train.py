@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sidestep.commands.interrupts import Interrupts
 from sidestep.commands.torch_build import warn_of_idle_gpu
 from sidestep.config.flags import GlobalConfig, LayersConfig
 from sidestep.config.places import default_checkpoint_dir, product_version, remember
 from sidestep.config.presets import is_run_config, save_preset
+from sidestep.config.processes import ALONE, Processes
 from sidestep.config.rank_map import read_rank_map
 from sidestep.config.recipe import RECIPE_PINS
 from sidestep.config.resolve import resolve_training
@@ -34,14 +35,25 @@ from sidestep.ui.console import Console, open_console
 from sidestep.ui.problems import LOG_NAME, open_log, quiet_libraries
 from sidestep.ui.sinks import combine, open_screen, write_log
 
+if TYPE_CHECKING:
+    from sidestep.training.assemble import Run
+
 EXIT_SKIPPED = 1
 EXIT_INTERRUPTED = 130
 
 
-def run(command: str, values: Mapping[str, Any], *, screen: GlobalConfig, remembers: bool = True) -> int:
+def run(
+    command: str,
+    values: Mapping[str, Any],
+    *,
+    screen: GlobalConfig,
+    remembers: bool = True,
+    processes: Processes = ALONE,
+) -> int:
     """Carry out `fixed` or `vanilla` with the typed values; returns the exit code.
 
-    `remembers` keeps the checkpoint folder as the user's default for the next start.
+    `remembers` keeps the checkpoint folder as the user's default for the next start. Of several `processes` the first
+    one alone writes; what it would refuse for what is in its folders, it refuses for all.
     """
     layer_names = {setting.name for setting in settings_of(LayersConfig)}
     layers = build(LayersConfig, parse_values(LayersConfig, {k: v for k, v in values.items() if k in layer_names}))
@@ -51,21 +63,23 @@ def run(command: str, values: Mapping[str, Any], *, screen: GlobalConfig, rememb
     console = open_console(plain=screen.plain)
     for notice in resolved.notices:
         console.print(notice)
-    if layers.save_preset:
+    if layers.save_preset and processes.is_first:
         path = save_preset(layers.save_preset, config, without=RECIPE_PINS[command])
         console.print(f"Saved as preset: {path}")
     checkpoint = _checkpoint(config)
-    if remembers and config.checkpoint_dir is not None:
+    if remembers and config.checkpoint_dir is not None and processes.is_first:
         _remember(config.checkpoint_dir, console)
     if config.output_dir is not None:
         run_name = config.run_name or f"{config.adapter_type}_{time.strftime('%Y%m%d_%H%M%S')}"
-        _check_output(config.output_dir, run_name, goes_on=config.resume_from is not None)
-        config = replace(config, run_name=run_name)
+        if processes.is_first:
+            _check_output(config.output_dir, run_name, goes_on=config.resume_from is not None)
+        config = replace(config, run_name=processes.text_of_first(run_name))
     skipped = 0
-    if config.preprocess:
+    if config.preprocess and processes.is_first:
         skipped = _preprocess(config, checkpoint, console)
     if config.output_dir is not None:
-        outcome = _train(command, config, checkpoint, config.output_dir, console)
+        processes.meet()
+        outcome = _train(command, config, checkpoint, config.output_dir, console, processes)
         return outcome or (EXIT_SKIPPED if skipped else 0)
     return EXIT_SKIPPED if skipped else 0
 
@@ -128,7 +142,9 @@ def _preprocess(config: TrainConfig, checkpoint: Checkpoint, console: Console) -
     return len(skipped)
 
 
-def _train(command: str, config: TrainConfig, checkpoint: Checkpoint, output_dir: Path, console: Console) -> int:
+def _train(
+    command: str, config: TrainConfig, checkpoint: Checkpoint, output_dir: Path, console: Console, processes: Processes
+) -> int:
     dataset_dir = config.tensor_output if config.preprocess else config.dataset_dir
     assert dataset_dir is not None  # Checked when the config was resolved.
     run_name = config.run_name
@@ -136,24 +152,24 @@ def _train(command: str, config: TrainConfig, checkpoint: Checkpoint, output_dir
     _check_dataset(config, dataset_dir)
     config = replace(config, dataset_dir=dataset_dir, checkpoint_dir=checkpoint.root)
     quiet_libraries()
-    open_log(writable_folder(output_dir) / LOG_NAME)
+    if processes.is_first:
+        open_log(writable_folder(output_dir) / LOG_NAME)
     with ExitStack() as stack:
         if not config.preprocess:
             warn_of_idle_gpu(config.device, console)
         show = stack.enter_context(open_screen(console))
         read_ahead(decoder_tensors(checkpoint).values())  # While torch is loaded, which takes seconds.
-        from sidestep.listen.page import ReportPage
         from sidestep.listen.samples import TrainingSamples, prepare_wordings
         from sidestep.model.device import choose_device
         from sidestep.training.accelerate import check_device
         from sidestep.training.fit import assemble_fitting
         from sidestep.training.run import carry_out
-        from sidestep.ui.metrics import MetricsFile
-        from sidestep.ui.tensorboard import TensorBoard
 
         check_device(config, choose_device(config.device))
+        emit = combine(show, write_log)
         # Before the decoder is loaded: the encoders are gone again when it comes.
-        wordings = prepare_wordings(config, checkpoint, dataset_dir) if config.sample_every_n_epochs else []
+        listens = config.sample_every_n_epochs > 0 and processes.is_first
+        wordings = prepare_wordings(config, checkpoint, dataset_dir) if listens else []
         training = assemble_fitting(
             config,
             recipe_name=command,
@@ -162,18 +178,33 @@ def _train(command: str, config: TrainConfig, checkpoint: Checkpoint, output_dir
             output_dir=output_dir,
             run_name=run_name,
             version=product_version(),
-            emit=combine(show, write_log),
+            processes=processes,
+            emit=emit,
         )
-        write_whole(output_dir / RUN_CONFIG, training.config_text)
-        _set_newer_aside(config, output_dir, combine(show, write_log))
-        first_step = training.first_step
-        metrics = stack.enter_context(MetricsFile(output_dir / "metrics.jsonl", first_step=first_step))
-        board = stack.enter_context(TensorBoard(config.log_dir or output_dir / "runs", first_step=first_step))
-        emit = combine(show, write_log, metrics, board, ReportPage(output_dir))
-        interrupts = stack.enter_context(Interrupts(emit))
-        listen = TrainingSamples(training, wordings, emit=emit)
-        reason = carry_out(training, emit=emit, stop_requested=interrupts.is_requested, listen=listen)
+        if processes.is_first:
+            emit = _open_files(stack, training, emit)
+        interrupts = stack.enter_context(Interrupts(emit, can_be_repeated=processes.count > 1))
+        reason = carry_out(
+            training,
+            emit=emit,
+            stop_requested=lambda: processes.anyone(interrupts.is_requested()),
+            listen=TrainingSamples(training, wordings, emit=emit),
+        )
     return EXIT_INTERRUPTED if reason == "interrupted" else 0
+
+
+def _open_files(stack: ExitStack, training: "Run", emit: Emit) -> Emit:
+    """Write the run's config.json and open the files it reports to; returns the sink that feeds them as well."""
+    from sidestep.listen.page import ReportPage
+    from sidestep.ui.metrics import MetricsFile
+    from sidestep.ui.tensorboard import TensorBoard
+
+    output_dir, first_step = training.output_dir, training.first_step
+    write_whole(output_dir / RUN_CONFIG, training.config_text)
+    _set_newer_aside(training.config, output_dir, emit)
+    metrics = stack.enter_context(MetricsFile(output_dir / "metrics.jsonl", first_step=first_step))
+    board = stack.enter_context(TensorBoard(training.config.log_dir or output_dir / "runs", first_step=first_step))
+    return combine(emit, metrics, board, ReportPage(output_dir))
 
 
 def _set_newer_aside(config: TrainConfig, output_dir: Path, emit: Emit) -> None:

@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sidestep.config.presets import run_config_text
+from sidestep.config.processes import ALONE, Processes
 from sidestep.config.rank_map import RankMap, read_rank_map, recipe_fingerprint
 from sidestep.config.recipe import (
     PRODIGY_LEARNING_RATE,
@@ -17,12 +19,13 @@ from sidestep.config.recipe import (
     schedule_of,
 )
 from sidestep.config.runs import resume_candidates
+from sidestep.config.settings import settings_of, values_of
 from sidestep.config.train import TrainConfig
 from sidestep.errors import ConfigError, ModelError
 from sidestep.events import Emit, Notice
 from sidestep.model.capabilities import capabilities
 from sidestep.model.checkpoint import Checkpoint, decoder_fingerprint
-from sidestep.model.device import choose_device, choose_dtype
+from sidestep.model.device import choose_dtype
 from sidestep.preprocess.tensors import FRAMES_PER_SECOND
 from sidestep.training.accelerate import can_capture, check_device, compile_blocks, wants_compile
 from sidestep.training.adapters.base import Adapter, load_values
@@ -31,6 +34,7 @@ from sidestep.training.build import build_stepper
 from sidestep.training.checkpoints import Snapshot, newest_good
 from sidestep.training.ema import Ema
 from sidestep.training.loop import Pace
+from sidestep.training.processes import own_device
 from sidestep.training.songs import dataset_fingerprint, find_songs, hold_out
 from sidestep.training.state import TrainState
 from sidestep.training.step import Stepper
@@ -62,6 +66,7 @@ class Run:
     state: TrainState
     first_step: int
     identity: Mapping[str, str]
+    processes: Processes
 
     @property
     def longest_seconds(self) -> float:
@@ -79,9 +84,10 @@ def assemble(
     run_name: str,
     version: str,
     emit: Emit,
+    processes: Processes = ALONE,
 ) -> Run:
     """Put a run together: data checked, decoder loaded, adapter attached, resumed where that is asked for."""
-    device = choose_device(config.device)
+    device = own_device(config.device, processes)
     dtype = choose_dtype(config.precision, device)
     check_device(config, device)
     recipe = resolve_recipe(config, name=recipe_name, is_turbo=checkpoint.is_turbo)
@@ -93,20 +99,32 @@ def assemble(
     identity = {"songs": dataset_fingerprint(songs), "decoder": decoder_fingerprint(checkpoint)}
     rank_map = _rank_map(config, identity, recipe)
     snapshot = _snapshot(config, identity, emit)
-    state = TrainState(**snapshot.state) if snapshot else TrainState()  # pyright: ignore[reportArgumentType]
+    state = TrainState(**snapshot.state) if snapshot else TrainState(processes=processes.count)  # pyright: ignore[reportArgumentType]
     pace = _pace(config, plan, state, emit)
+    text = run_config_text(config, recipe=recipe_name, version=version, objective=str(recipe))
+    processes.must_agree("settings, model, songs and checkpoint", repr((_common(config), rank_map, identity, state)))
     sampler = sampler_of(recipe, mu=checkpoint.timestep_mu, sigma=checkpoint.timestep_sigma)
     adapter, stepper = build_stepper(
-        config, recipe, checkpoint, rank_map, sampler=sampler, device=device, dtype=dtype, emit=emit
+        config,
+        recipe,
+        checkpoint,
+        rank_map,
+        sampler=sampler,
+        device=device,
+        dtype=dtype,
+        processes=processes,
+        emit=emit,
     )
     if snapshot:
         _restore(snapshot, adapter, stepper)
-    passes = (pace.total_steps - state.step) * config.gradient_accumulation
+    for parameter in adapter.parameters.values():
+        processes.copy_first(parameter.detach())
+    passes = (pace.total_steps - state.step) * -(-pace.passes // processes.count)
     if wants_compile(config.compile, device, passes=passes, emit=emit):
         compile_blocks(stepper.model, any_length=len(plan.groups) > 1)
     return Run(
         config=config,
-        config_text=run_config_text(config, recipe=recipe_name, version=version, objective=str(recipe)),
+        config_text=text,
         recipe=recipe,
         checkpoint=checkpoint,
         output_dir=output_dir,
@@ -115,13 +133,14 @@ def assemble(
         held_out=held_out,
         law=_law(checkpoint),
         pace=pace,
-        batches=_batches(config, plan, sampler, recipe, device=device, dtype=dtype),
+        batches=_batches(config, plan, sampler, recipe, device=device, dtype=dtype, processes=processes),
         adapter=adapter,
         stepper=stepper,
         ema=_ema(config, adapter, snapshot),
         state=state,
         first_step=state.step,
         identity=identity,
+        processes=processes,
     )
 
 
@@ -138,6 +157,12 @@ def _plan(config: TrainConfig, songs: Sequence[Song], *, few_lengths: bool, emit
     return plan
 
 
+def _common(config: TrainConfig) -> dict[str, Any]:
+    """Return what must be the same in all processes: where things lie may differ from machine to machine."""
+    own = {setting.name for setting in settings_of(TrainConfig) if setting.kind is Path} | {"device"}
+    return {name: value for name, value in values_of(config).items() if name not in own}
+
+
 def _rank_map(config: TrainConfig, identity: Mapping[str, str], recipe: Recipe) -> RankMap | None:
     """Read the run's rank map, if it has one; a map that was made for another run is refused."""
     if config.rank_map is None:
@@ -150,7 +175,14 @@ def _rank_map(config: TrainConfig, identity: Mapping[str, str], recipe: Recipe) 
 
 
 def _batches(
-    config: TrainConfig, plan: Plan, sampler: Sampler, recipe: Recipe, *, device: torch.device, dtype: torch.dtype
+    config: TrainConfig,
+    plan: Plan,
+    sampler: Sampler,
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    processes: Processes,
 ) -> Batches:
     return Batches(
         plan=plan,
@@ -160,6 +192,7 @@ def _batches(
         prefetch_factor=config.prefetch_factor,
         persistent_workers=config.persistent_workers,
         rows=common_rows(plan) if can_capture(device, dtype) else 0,
+        processes=processes,
     )
 
 
@@ -171,7 +204,8 @@ def common_rows(plan: Plan) -> int:
 
 def _pace(config: TrainConfig, plan: Plan, state: TrainState, emit: Emit) -> Pace:
     """Decide how long the run goes; ConfigError when a resumed one has nothing left to do."""
-    steps_per_epoch = -(-plan.batches_per_epoch // config.gradient_accumulation)
+    passes = config.gradient_accumulation * state.processes
+    steps_per_epoch = -(-plan.batches_per_epoch // passes)
     total_steps = config.max_steps or config.epochs * steps_per_epoch
     if state.step >= total_steps:
         raise ConfigError(
@@ -200,7 +234,7 @@ def _pace(config: TrainConfig, plan: Plan, state: TrainState, emit: Emit) -> Pac
     return Pace(
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
-        gradient_accumulation=config.gradient_accumulation,
+        passes=passes,
         lr=learning_rate_of(config),
         schedule=schedule,
         warmup_steps=config.warmup_steps,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from sidestep.config.processes import ALONE, Processes
 from sidestep.errors import ReadingError, SidestepError
 from sidestep.preprocess.tensors import FRAMES_PER_SECOND, read_sample
 from sidestep.training.objective import Task
@@ -268,17 +269,18 @@ class Collate:
 
 @dataclass(slots=True)
 class _EpochOrder:
-    """What the loader iterates: the batches of one epoch from a position on. Lives in the main process."""
+    """What the loader iterates: every `stride`th batch of one epoch from a position on. Lives in the main process."""
 
     plan: Plan
+    stride: int
     epoch: int = 0
     position: int = 0
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        return iter(self.plan.epoch(self.epoch)[self.position :])
+        return iter(self.plan.epoch(self.epoch)[self.position :: self.stride])
 
     def __len__(self) -> int:
-        return self.plan.batches_per_epoch - self.position
+        return len(range(self.position, self.plan.batches_per_epoch, self.stride))
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:
@@ -305,7 +307,10 @@ def _learn_of_dead_readers_from_the_next_batch() -> None:
 
 @dataclass(slots=True)
 class Batches:
-    """The batches of any epoch from any position, read ahead by worker processes."""
+    """The batches of any epoch from any position, read ahead by worker processes.
+
+    Of several `processes` that train together each reads its own: they take turns, so that each batch is read by one.
+    """
 
     plan: Plan
     draws: Draws
@@ -314,12 +319,14 @@ class Batches:
     prefetch_factor: int
     persistent_workers: bool
     rows: int = 0
+    processes: Processes = ALONE
     _order: _EpochOrder = field(init=False)
     _loader: DataLoader[_Item | SidestepError] = field(init=False)
+    _reader: Iterator[Batch | SidestepError] | None = field(init=False, default=None)
     _begun: tuple[int, Iterator[Batch | SidestepError]] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self._order = _EpochOrder(self.plan)
+        self._order = _EpochOrder(self.plan, self.processes.count)
         self._loader = DataLoader(
             self.draws,
             batch_sampler=self._order,  # type: ignore[arg-type]
@@ -332,15 +339,16 @@ class Batches:
         )
 
     def epoch(self, epoch: int, *, position: int = 0) -> Iterator[Batch]:
-        """Yield the batches of an epoch (from 0), skipping the first `position`.
+        """Yield this process's batches of an epoch (from 0), beginning where all of them skipped the first `position`.
 
         Raises the DataError of a file that went bad, and ReadingError when a reading process was killed.
         """
-        begun, self._begun = self._begun, None
-        batches = begun[1] if begun and begun[0] == epoch and not position else self._begin(epoch, position)
-        count = self.plan.batches_per_epoch - position
+        if self._begun is None or self._begun[0] != epoch or position:
+            self._begun = epoch, self._begin(epoch, position)
+        (_, self._reader), self._begun = self._begun, None
+        count = len(range(position + self.processes.rank, self.plan.batches_per_epoch, self.processes.count))
         for place in range(count):
-            batch = self._next(batches)
+            batch = self._next()
             if isinstance(batch, SidestepError):
                 raise batch
             if self.num_workers and place == count - 1:
@@ -349,14 +357,15 @@ class Batches:
             yield batch
 
     def _begin(self, epoch: int, position: int) -> Iterator[Batch | SidestepError]:
-        self._order.epoch, self._order.position = epoch, position
+        self._order.epoch, self._order.position = epoch, position + self.processes.rank
         batches = iter(self._loader)
         _learn_of_dead_readers_from_the_next_batch()
         return batches
 
-    def _next(self, batches: Iterator[Batch | SidestepError]) -> Batch | SidestepError:
+    def _next(self) -> Batch | SidestepError:
+        assert self._reader is not None
         try:
-            return next(batches)
+            return next(self._reader)
         except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
             # The last three: the process died before it had handed over the memory of a finished batch.
             if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):

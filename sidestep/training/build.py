@@ -5,6 +5,7 @@ from diffusers.models.transformers.ace_step_transformer import AceStepTransforme
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
+from sidestep.config.processes import Processes
 from sidestep.config.rank_map import RankMap
 from sidestep.config.recipe import Recipe, learning_rate_of
 from sidestep.config.train import TrainConfig
@@ -39,6 +40,7 @@ def build_stepper(
     sampler: Sampler,
     device: torch.device,
     dtype: torch.dtype,
+    processes: Processes,
     emit: Emit,
 ) -> tuple[Adapter, Stepper]:
     """Load the decoder, attach the adapter that was asked for, and return it with the stepper that trains it.
@@ -56,7 +58,7 @@ def build_stepper(
         ) from error
     for remark in adapter.remarks:
         emit(Notice(text=remark, level="warning"))
-    return adapter, _stepper(config, model, adapter)
+    return adapter, _stepper(config, model, adapter, processes)
 
 
 def _model(
@@ -119,7 +121,7 @@ def frozen_decoder(
     return decoder
 
 
-def _stepper(config: TrainConfig, model: Model, adapter: Adapter) -> Stepper:
+def _stepper(config: TrainConfig, model: Model, adapter: Adapter, processes: Processes) -> Stepper:
     optimizer = make_optimizer(
         config.optimizer_type,
         adapter.parameters,
@@ -137,6 +139,7 @@ def _stepper(config: TrainConfig, model: Model, adapter: Adapter) -> Stepper:
         max_grad_norm=config.max_grad_norm,
         scaler=scaler,
         guards_itself=config.optimizer_type == "adamw" and can_capture(model.device, model.dtype),
+        processes=processes,
     )
 
 

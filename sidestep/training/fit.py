@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 
+from sidestep.config.processes import ALONE, Processes, Word
 from sidestep.config.settings import flag_of, settings_of, show_value, values_of
 from sidestep.config.train import TrainConfig
-from sidestep.errors import NoRoomError
+from sidestep.errors import NoRoomElsewhereError, NoRoomError
 from sidestep.events import Emit, Notice
 from sidestep.model.capabilities import capabilities
-from sidestep.model.device import choose_device, free_memory, memory_gib, reset_memory_peak, synchronize, total_gib
+from sidestep.model.device import free_memory, memory_gib, reset_memory_peak, synchronize, total_gib
 from sidestep.training.adapters.base import current_values, load_values
 from sidestep.training.assemble import Run, assemble
 from sidestep.training.batches import Batch, Draw, collate_draws
+from sidestep.training.processes import own_device
 
 GIB = 2**30
 WINDOW = 60  # Seconds; the window that is proposed where whole songs are too long.
@@ -38,7 +40,7 @@ class Fit:
 def measure(run: Run) -> Fit | None:
     """Make one real step at the run's longest sample and put everything back; None where a device cannot measure.
 
-    NoRoomError, with settings that take less, when it does not fit.
+    NoRoomError, with settings that take less, when it does not fit here, or not in another process.
     """
     device = run.stepper.model.device
     device_gib = total_gib(device)
@@ -61,16 +63,21 @@ def measure(run: Run) -> Fit | None:
     return Fit(seconds, memory_gib(device) or 0.0, device_gib)
 
 
-def assemble_fitting(config: TrainConfig, *, emit: Emit, **parts: Any) -> Run:
+def assemble_fitting(config: TrainConfig, *, emit: Emit, processes: Processes = ALONE, **parts: Any) -> Run:
     """Put a run together like `assemble` and measure it; with `auto_fit`, change settings until it fits.
+
+    What is too small for one of the processes is changed in all.
 
     NoRoomError when it does not fit, or nothing is left to change.
     """
     while True:
         try:
-            run = assemble(config, emit=emit, **parts)
+            run = assemble(config, emit=emit, processes=processes, **parts)
             fit = measure(run)
-        except NoRoomError:
+            run.processes.meet()  # It fits everywhere.
+        except NoRoomError as error:
+            if not isinstance(error, NoRoomElsewhereError):
+                processes.meet(Word.NO_ROOM)
             longest = config.chunk_duration or config.max_duration
             smaller = next(iter(ways_to_take_less(config, longest)), None)
             if not config.auto_fit or smaller is None:
@@ -82,7 +89,7 @@ def assemble_fitting(config: TrainConfig, *, emit: Emit, **parts: Any) -> Run:
                 report(run, fit, emit)
             return run
         run = None
-        free_memory(choose_device(config.device))
+        free_memory(own_device(config.device, processes))
 
 
 def report(run: Run, fit: Fit, emit: Emit) -> None:
@@ -171,7 +178,7 @@ def _longest(run: Run) -> Batch:
 
 
 def _timed_step(run: Run, batch: Batch) -> float:
-    batches = [batch] * run.config.gradient_accumulation
+    batches = [batch] * -(-run.pace.passes // run.processes.count)
     device = run.stepper.model.device
     synchronize(device)
     start = time.perf_counter()

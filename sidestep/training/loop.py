@@ -1,7 +1,7 @@
 """train(): the loop and nothing else."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Literal, TypeVar
@@ -11,10 +11,10 @@ import torch
 from sidestep.errors import NonFiniteError
 from sidestep.events import Emit, EpochDone, LayerGradients, Metrics, StepDone, TimestepsDrawn
 from sidestep.model.device import memory_gib
-from sidestep.training.batches import Batch, Batches, mix
+from sidestep.training.batches import Batch, Batches, collate_draws, mix
 from sidestep.training.schedules import lr_factor
 from sidestep.training.state import TrainState
-from sidestep.training.step import Stepper, StepReading, check
+from sidestep.training.step import Stepper, StepReading, Whole, check
 from sidestep.training.transfer import on_device
 
 Reason = Literal["finished", "early_stop", "interrupted"]
@@ -23,11 +23,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """How long a run goes and how often it speaks and saves."""
+    """How long a run goes and how often it speaks and saves. `passes` are those of a step, in all processes."""
 
     steps_per_epoch: int
     total_steps: int
-    gradient_accumulation: int
+    passes: int
     lr: float
     schedule: str
     warmup_steps: int
@@ -65,9 +65,9 @@ def _epochs(
         readings.leave_out(hooks.save)
 
     while state.step < pace.total_steps:
-        read = on_device(batches.epoch(state.epoch, position=state.batch), stepper.model.device)
-        for group in _groups(read, pace.gradient_accumulation):
-            _step(group, state, stepper=stepper, pace=pace, readings=readings, emit=emit)
+        evenly = stepper.model.sharded is not None
+        for work in works(state, batches, passes=pace.passes, device=stepper.model.device, evenly=evenly):
+            _step(work, state, stepper=stepper, pace=pace, readings=readings, emit=emit)
             hooks.after_step()
             if state.step >= pace.total_steps:
                 break
@@ -87,21 +87,53 @@ def _epochs(
     return "finished"
 
 
-def _step(
-    group: list[Batch], state: TrainState, *, stepper: Stepper, pace: Pace, readings: "Readings", emit: Emit
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one process has to do of a step: its batches and their places in the epoch, and the step as a whole.
+
+    `length` is how many batches all processes do together.
+    """
+
+    batches: list[Batch]
+    places: list[int]
+    whole: Whole
+    length: int
+
+
+def works(
+    state: TrainState, batches: Batches, *, passes: int, device: torch.device, evenly: bool = False
+) -> Iterator[Work]:
+    """Yield this process's work in each step of `passes` batches that is left of the epoch; it may be none.
+
+    The processes take the batches by turns. `evenly`: each makes as many passes, though some do not count.
+    """
+    plan, rank, count = batches.plan, batches.processes.rank, batches.processes.count
+    layout, start = plan.epoch(state.epoch), state.batch
+    reader = on_device(batches.epoch(state.epoch, position=start), device)
+    for first in range(start, len(layout), passes):
+        draws = layout[first : first + passes]
+        places = [place for place in range(first, first + len(draws)) if (place - start) % count == rank]
+        own = list(islice(reader, len(places)))
+        names = [plan.songs[draw.song].path.stem for batch in draws for draw in batch]
+        whole = Whole(len(names), tuple(dict.fromkeys(names)), len(places))
+        idle = -(-len(draws) // count) - len(places) if evenly else 0
+        own += [collate_draws(batches, draws[0])] * idle
+        yield Work(own, places + [first] * idle, whole, len(draws))
+
+
+def _step(work: Work, state: TrainState, *, stepper: Stepper, pace: Pace, readings: "Readings", emit: Emit) -> None:
     lr = pace.lr * lr_factor(
         state.step, schedule=pace.schedule, warmup_steps=pace.warmup_steps, total_steps=pace.total_steps
     )
     # 31 bits: the seed of a 32-bit hash.
-    seeds = [mix(pace.seed, "dropout", state.epoch, state.batch + place) % 2**31 for place in range(len(group))]
+    seeds = [mix(pace.seed, "dropout", state.epoch, place) % 2**31 for place in work.places]
     with_modules = pace.log_heavy_every > 0 and (state.step + 1) % pace.log_heavy_every == 0
     before = replace(state)
-    reading = stepper(group, lr=lr, seeds=seeds, with_modules=with_modules)
+    reading = stepper(work.batches, lr=lr, seeds=seeds, with_modules=with_modules, whole=work.whole)
     state.step += 1
-    state.batch += len(group)
+    state.batch += work.length
     emit(StepDone(step=state.step, epoch=state.epoch + 1))
-    timesteps = [t for batch in group for t in batch.task.timesteps_B.tolist()]
+    timesteps = [t for batch in work.batches[: work.whole.passes] for t in batch.task.timesteps_B.tolist()]
     readings.add(PendingStep(before, reading, lr, timesteps, stepper.modules))
     if readings.is_due(state.step):
         readings.read(state)
@@ -189,9 +221,3 @@ class Readings:
             if step.reading.has_modules:
                 norms = dict(zip(step.modules, step.reading.values[2:].tolist(), strict=True))
                 self.emit(LayerGradients(step=step.before.step + 1, norms=norms))
-
-
-def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    iterator = iter(batches)
-    while group := list(islice(iterator, size)):
-        yield group

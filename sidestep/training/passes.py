@@ -5,6 +5,7 @@ Both compute the same; a captured pass is replayed by one call and does not wait
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -39,6 +40,8 @@ class Model:
     fused: Fused | None = None
     compiled_blocks: Sequence[Callable[..., Tensor]] | None = None
     any_length: bool = False
+    sharded: Callable[..., Tensor] | None = None
+    """The forward pass of a decoder whose weights lie in several processes, which all have to run it together."""
 
     @property
     def blocks(self) -> Sequence[Callable[..., Tensor]]:
@@ -65,8 +68,8 @@ class Model:
         blocks = self.compiled_blocks if compiled else None
         if self.fused:
             self.fused.refresh()
-        return velocity(
-            self.decoder,
+        run = self.sharded or partial(velocity, self.decoder)
+        return run(
             hidden_states_BTC=noisy_latents(task).to(self.dtype),
             timestep_B=task.timesteps_B.to(self.dtype),
             condition_BLD=condition_BLD,

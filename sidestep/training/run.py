@@ -10,7 +10,7 @@ import torch
 from sidestep.config.runs import CHECKPOINTS, checkpoint_name
 from sidestep.config.shell import shell_line, start_words
 from sidestep.config.train import TrainConfig
-from sidestep.errors import DataError, NonFiniteError, NoRoomError, ReadingError
+from sidestep.errors import DataError, ElsewhereError, LostProcessError, NonFiniteError, NoRoomError, ReadingError
 from sidestep.events import AdapterSaved, CheckpointSaved, Emit, RunDone, RunStarted, Validated
 from sidestep.model.device import full_memory_alike
 from sidestep.preprocess.tensors import FRAMES_PER_SECOND
@@ -66,7 +66,6 @@ def _started(run: Run) -> RunStarted:
     config, plan, pace = run.config, run.batches.plan, run.pace
     minutes = sum(song.frames for song in plan.songs) / FRAMES_PER_SECOND / 60
     parameters = sum(parameter.numel() for parameter in run.adapter.parameters.values())
-    passes = config.batch_size * config.gradient_accumulation
     facts = {
         "Model": f"{run.checkpoint.variant} ({run.stepper.model.dtype}, {run.stepper.model.device})".replace(
             "torch.", ""
@@ -75,7 +74,7 @@ def _started(run: Run) -> RunStarted:
         "Adapter": f"{config.adapter_type}, {_ranks(config)}, {len(run.adapter.modules)} modules, "
         f"{parameters / 1e6:.2f} M parameters",
         "Optimizer": f"{config.optimizer_type}, lr {pace.lr:g}, {pace.schedule}",
-        "Batch": f"{config.batch_size} x {config.gradient_accumulation} = {passes} samples a step",
+        "Batch": _batch(run),
     }
     return RunStarted(
         recipe=str(run.recipe),
@@ -86,6 +85,15 @@ def _started(run: Run) -> RunStarted:
         first_step=run.first_step,
         output_dir=run.output_dir,
     )
+
+
+def _batch(run: Run) -> str:
+    """Say what a step takes in; of a run that goes on in more or fewer processes, what it took from the start."""
+    config, started, count = run.config, run.state.processes, run.processes.count
+    factors = f"{config.batch_size} x {config.gradient_accumulation}"
+    many = f" x {started} processes" if started > 1 else ""
+    now = f", made by {count} process{'es' if count > 1 else ''}" if count != started else ""
+    return f"{factors}{many} = {config.batch_size * run.pace.passes} samples a step{now}"
 
 
 def _ranks(config: TrainConfig) -> str:
@@ -103,7 +111,7 @@ def _after_epoch(run: Run, emit: Emit, listen: Listener) -> bool:
 
 def _validate(run: Run, emit: Emit) -> None:
     state = run.state
-    found = held_out_loss(run.stepper.model, run.held_out, run.law)
+    found = held_out_loss(run.stepper.model, run.held_out, run.law, processes=run.processes)
     # The untrained model's loss is a reading to compare with, not a result to keep.
     is_best = state.step > 0 and found.mean < state.best_loss
     if is_best:
@@ -120,13 +128,16 @@ def _validate(run: Run, emit: Emit) -> None:
             is_best=is_best,
         )
     )
-    if is_best and run.config.save_best:
+    if is_best and run.config.save_best and run.processes.is_first:
         folder = run.output_dir / f"{run.run_name}_best"
         save_adapter(folder, run.adapter, current_values(run.adapter), about=_about(run))
         emit(AdapterSaved(folder=folder, kind="best"))
 
 
 def _save(run: Run, emit: Emit) -> None:
+    """Write a checkpoint, if this is the process that writes; the others go on, and wait where they next meet."""
+    if not run.processes.is_first:
+        return
     state = run.state
     name = checkpoint_name(epoch=state.epoch, step=state.step, is_epoch_end=state.batch == 0)
     folder = run.output_dir / CHECKPOINTS / name
@@ -143,6 +154,8 @@ def _save(run: Run, emit: Emit) -> None:
 
 
 def _save_final(run: Run, emit: Emit) -> None:
+    if not run.processes.is_first:
+        return
     folder = run.output_dir / run.run_name
     save_adapter(folder, run.adapter, current_values(run.adapter), about=_about(run))
     emit(AdapterSaved(folder=folder))
@@ -182,7 +195,7 @@ def _saving_on_failure(run: Run, emit: Emit) -> Iterator[None]:
         _keep(run, emit)
         hint = takes_less(run.config, run.longest_seconds) + _saved(run)
         raise NoRoomError("The computer is out of memory.", hint=hint) from error
-    except (NonFiniteError, DataError, ReadingError):
+    except (NonFiniteError, DataError, ReadingError, ElsewhereError, LostProcessError):
         _keep(run, emit)
         raise
 

@@ -5,7 +5,10 @@ from dataclasses import asdict, dataclass
 
 @dataclass(slots=True)
 class TrainState:
-    """Position and running sums of a run. `epoch` counts whole epochs, `batch` those done of the next one."""
+    """Position and running sums of a run. `epoch` counts whole epochs, `batch` those done of the next one.
+
+    `processes` is how many the run was started with: a step has the passes of so many, however many make them now.
+    """
 
     step: int = 0
     epoch: int = 0
@@ -14,6 +17,7 @@ class TrainState:
     epoch_steps: int = 0
     best_loss: float = float("inf")
     epochs_since_best: int = 0
+    processes: int = 1
 
     def finish_epoch(self) -> float:
         """Move on to the next epoch and return the mean loss of the one that ended."""

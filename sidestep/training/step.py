@@ -10,9 +10,12 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from sidestep.config.processes import ALONE, Processes
 from sidestep.errors import NonFiniteError
 from sidestep.training.batches import Batch
 from sidestep.training.passes import Model, Passes, module_of
+
+_ALIGNMENT = 32  # Floats: where each gradient begins in their one buffer, so that kernels may read several at once.
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,28 @@ class StepReading:
     values: Tensor
     songs: tuple[str, ...]
     has_modules: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A step as all processes make it: its samples, its songs' names, and how many of this process's passes count.
+
+    Passes beyond those are made because other processes need this one's part of the model; they add nothing.
+    """
+
+    samples: int
+    songs: tuple[str, ...]
+    passes: int
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch]) -> "Whole":
+        """Return a step that is made in one process."""
+        names = [name for batch in batches for name in batch.names]
+        return cls(len(names), tuple(dict.fromkeys(names)), len(batches))
+
+    def shares(self, passes: int) -> list[float]:
+        """Return the share of the step's loss that a sample of each pass has."""
+        return [1 / self.samples if place < self.passes else 0.0 for place in range(passes)]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -40,32 +65,50 @@ class Stepper:
     max_grad_norm: float
     scaler: GradScaler
     guards_itself: bool = False
+    processes: Processes = ALONE
     _not_finite: Tensor = field(init=False)
+    _numbers: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self._not_finite = torch.zeros((), device=self.model.device)
         if self.guards_itself:
             self.optimizer.found_inf = self._not_finite  # type: ignore[attr-defined]
-        for parameter in self.parameters.values():
-            parameter.grad = torch.zeros_like(parameter)
+        self._numbers = gradients_in_one_buffer(list(self.parameters.values()), extra=1)
+        if self.scaler.is_enabled():
+            # A process without a batch never scales a loss, and its scaler has to be set up all the same.
+            self.scaler.scale(self._not_finite)
 
     def __call__(
-        self, batches: Sequence[Batch], *, lr: float, seeds: Sequence[int], with_modules: bool = False
+        self,
+        batches: Sequence[Batch],
+        *,
+        lr: float,
+        seeds: Sequence[int],
+        with_modules: bool = False,
+        whole: Whole | None = None,
     ) -> StepReading:
-        """Make one step: the gradient of the mean loss over all samples of `batches`, clipped, then the update.
+        """Make one step: the gradient of the mean loss over all samples of the step, clipped, then the update.
 
-        `seeds` fix the adapter's dropout, one a batch. No weight is touched when the loss or the gradient is not
-        finite; that is raised as NonFiniteError here, or by `check` where the optimizer guards itself.
+        `batches` are this process's; of several processes, `whole` says what the step has in all of them. `seeds` fix
+        the adapter's dropout, one a batch. No weight is touched when the loss or the gradient is not finite; that is
+        raised as NonFiniteError here, or by `check` where the optimizer guards itself.
         """
+        whole = whole or Whole.of(batches)
         self.passes.prepare(batches)
-        torch._foreach_zero_(self._gradients())  # pyright: ignore[reportPrivateImportUsage]
-        samples = sum(len(batch.names) for batch in batches)
-        losses = [self.passes(batch, share=1 / samples, seed=seed) for batch, seed in zip(batches, seeds, strict=True)]
+        self._numbers.zero_()
+        shares = whole.shares(len(batches))
+        losses = [
+            self.passes(batch, share=share, seed=seed)
+            for batch, share, seed in zip(batches, shares, seeds, strict=True)
+        ]
+        loss = self._numbers[-1]
+        if losses:
+            loss.copy_(torch.stack(losses).sum())
+        self.processes.add_up(self._numbers)
         self.scaler.unscale_(self.optimizer)
         norms = self._module_norms() if with_modules else []
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm or math.inf)
-        values = torch.stack([torch.stack(losses).sum(), norm, *norms])
-        reading = StepReading(values, tuple(dict.fromkeys(name for b in batches for name in b.names)), with_modules)
+        reading = StepReading(torch.stack([loss, norm, *norms]), whole.songs, with_modules)
         self._update(reading, lr)
         return reading
 
@@ -90,9 +133,6 @@ class Stepper:
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
-    def _gradients(self) -> list[Tensor]:
-        return [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-
     def _module_norms(self) -> list[Tensor]:
         places = {module: place for place, module in enumerate(self.modules)}
         squares: list[list[Tensor]] = [[] for _ in self.modules]
@@ -101,6 +141,21 @@ class Stepper:
             if module is not None and parameter.grad is not None:
                 squares[places[module]].append(parameter.grad.square().sum())
         return [torch.stack(parts).sum().sqrt() for parts in squares]
+
+
+def gradients_in_one_buffer(parameters: Sequence[Parameter], *, extra: int) -> Tensor:
+    """Give every parameter a gradient that is a part of one buffer of zeros, and return the buffer.
+
+    It ends with `extra` more numbers. Zeroing it, or adding it up over processes, takes one kernel and no copy.
+    """
+    starts, end = [], 0
+    for parameter in parameters:
+        starts.append(end)
+        end += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
+    buffer = torch.zeros(end + extra, device=parameters[0].device)
+    for parameter, start in zip(parameters, starts, strict=True):
+        parameter.grad = buffer[start : start + parameter.numel()].view_as(parameter)
+    return buffer
 
 
 def check(loss: float, norm: float, songs: Sequence[str]) -> None:

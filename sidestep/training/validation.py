@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sidestep.config.processes import ALONE, Processes
 from sidestep.preprocess.tensors import read_sample
 from sidestep.training.batches import Song, mix
 from sidestep.training.objective import Task
@@ -30,24 +31,38 @@ class HeldOutLoss:
     songs: Sequence[float]
 
 
-def held_out_loss(model: Model, songs: Sequence[Song], law: Sampler) -> HeldOutLoss:
-    """Measure the loss on `songs`, each at the mid-quantiles of the model's own law of timesteps, unweighted."""
+def held_out_loss(model: Model, songs: Sequence[Song], law: Sampler, *, processes: Processes = ALONE) -> HeldOutLoss:
+    """Measure the loss on `songs`, each at the mid-quantiles of the model's own law of timesteps, unweighted.
+
+    Several processes share the songs, and all return the same: what one alone would.
+    """
     timesteps = law.quantiles((torch.arange(STRATA, dtype=torch.float64) + 0.5) / STRATA).float()
-    per_song: list[float] = []
+    losses_SK = _losses(model, songs, timesteps, processes)
+    per_song = [sum(values) / len(values) for values in losses_SK]
     per_band: dict[str, list[float]] = defaultdict(list)
-    was_training = model.decoder.training
-    model.decoder.eval()
-    with torch.no_grad():
-        for song in songs:
-            losses = [model.losses(_question(song, place, t).to(model.device)) for place, t in enumerate(timesteps)]
-            values = torch.cat(losses).tolist()
-            per_song.append(sum(values) / len(values))
-            for t, value in zip(timesteps.tolist(), values, strict=True):
-                per_band[_band(t)].append(value)
-    model.decoder.train(was_training)
+    for values in losses_SK:
+        for t, value in zip(timesteps.tolist(), values, strict=True):
+            per_band[_band(t)].append(value)
     mean = sum(per_song) / len(per_song)
     bands = {band: sum(values) / len(values) for band, values in sorted(per_band.items())}
     return HeldOutLoss(mean, standard_error(per_song), bands, per_song)
+
+
+def _losses(model: Model, songs: Sequence[Song], timesteps: torch.Tensor, processes: Processes) -> list[list[float]]:
+    """Return the losses of each song at each timestep. All processes measure as many songs, some of them twice."""
+    turns = -(-len(songs) // processes.count)
+    own = [songs[(turn * processes.count + processes.rank) % len(songs)] for turn in range(turns)]
+    was_training = model.decoder.training
+    model.decoder.eval()
+    measured = []
+    with torch.no_grad():
+        for song in own:
+            losses = [model.losses(_question(song, place, t).to(model.device)) for place, t in enumerate(timesteps)]
+            measured.append(torch.cat(losses))
+    model.decoder.train(was_training)
+    # [turns, processes, timesteps]: the songs in their order.
+    gathered = torch.stack(processes.gather(torch.stack(measured)), dim=1)
+    return gathered.flatten(0, 1)[: len(songs)].tolist()
 
 
 def _question(song: Song, place: int, timestep: torch.Tensor) -> Task:

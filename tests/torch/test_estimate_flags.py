@@ -157,5 +157,5 @@ def test_the_proof_trains_as_it_was_typed(
     assert [run.config.rank_map is None for run in runs] == [True, True, False, False]
     for run in runs:
         assert run.state.step == 3
-        assert (run.pace.lr, run.pace.gradient_accumulation, run.config.alpha) == (0.01, 2, 6.0)
+        assert (run.pace.lr, run.pace.passes, run.config.alpha) == (0.01, 2, 6.0)
         assert len(run.held_out) == 2

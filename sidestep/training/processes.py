@@ -1,0 +1,166 @@
+"""Several processes as one: torch's process groups, joined when the command starts and left when it ends.
+
+Everything they do in common begins with `meet`, on the CPU: whoever failed says so there, whatever the others were
+about to do, so that nobody waits for it in vain; and no meeting waits for the GPU.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sidestep.config.processes import Place, Processes, Word
+from sidestep.errors import ConfigError, ElsewhereError, LostProcessError, NoRoomElsewhereError
+from sidestep.model.device import choose_device
+
+# The others wait while the first one preprocesses, saves or renders. A process that dies is noticed at once.
+PATIENCE = timedelta(days=7)
+FAREWELL = timedelta(minutes=2)  # How long one that failed waits to tell the others: they finish their passes first.
+CPU = torch.device("cpu")
+
+
+@contextmanager
+def joined(place: Place) -> Iterator[Processes]:
+    """Join the other processes, and leave together with them.
+
+    When some fail, the first of these raises its own error and all others raise ElsewhereError: it is told once.
+    """
+    dist.init_process_group("gloo", timeout=PATIENCE)
+    processes = JoinedProcesses(place.rank, place.local_rank, place.count)
+    try:
+        yield processes
+        processes.meet()
+    except ElsewhereError:
+        processes.stay_behind()
+        raise
+    except LostProcessError as error:
+        if not processes.is_first:
+            raise ElsewhereError from error
+        raise
+    except BaseException as error:
+        if not processes.is_first_to_fail(error):
+            processes.stay_behind()
+            raise ElsewhereError from error
+        raise
+    dist.destroy_process_group()
+
+
+@dataclass(slots=True, eq=False)
+class JoinedProcesses(Processes):
+    """One of several processes. `use` comes before anything is done with numbers of a device."""
+
+    _numbers: dist.ProcessGroup | None = field(default=None, init=False)
+
+    def meet(self, word: Word = Word.FINE) -> list[Word]:
+        """Wait until all are here, and return what each says, by rank.
+
+        ElsewhereError when another one failed, NoRoomElsewhereError when another one's device is too small,
+        LostProcessError when another one is gone.
+        """
+        try:
+            words = self._exchange(word)
+        except RuntimeError as error:
+            raise LostProcessError(
+                "Another process of this run has ended without a word.",
+                hint="What the launcher prints may say why; one that was killed ran out of main memory, most likely.",
+            ) from error
+        if Word.FAILED in words:
+            raise ElsewhereError
+        if Word.NO_ROOM in words and word != Word.NO_ROOM:
+            raise NoRoomElsewhereError("The device of another process is too small.")
+        return words
+
+    def is_first_to_fail(self, error: BaseException) -> bool:
+        """Tell the others that this process failed with an error, and say whether it is the first of those that did."""
+        word = Word.FINE if isinstance(error, NoRoomElsewhereError) else Word.FAILED
+        try:
+            return self._exchange(word, timeout=FAREWELL).index(Word.FAILED) == self.rank
+        except RuntimeError:
+            return True  # Nobody is left to tell it.
+
+    def stay_behind(self) -> None:
+        """Wait until the process that tells why all end is gone: a launcher kills the others when the first one ends."""
+        with suppress(RuntimeError):
+            self._exchange(Word.FINE, timeout=FAREWELL)
+
+    def _exchange(self, word: Word, *, timeout: timedelta = PATIENCE) -> list[Word]:
+        words = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
+        work = dist.all_gather(words, torch.tensor([word]), async_op=True)
+        assert work is not None
+        work.wait(timeout)
+        return [Word(int(each)) for each in words]
+
+    def text_of_first(self, text: str) -> str:
+        """Return the first process's text."""
+        return self._texts(text)[0]
+
+    def must_agree(self, what: str, value: str) -> None:
+        """Raise ConfigError unless `value`, which is `what`, is the same in all."""
+        if len(set(self._texts(value))) > 1:
+            raise ConfigError(
+                f"The processes do not see the same {what}.",
+                hint="Start all with the same arguments, and let every machine see the same folders.",
+            )
+
+    def _texts(self, text: str) -> list[str]:
+        content = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        sizes = self.gather(torch.tensor([len(content)]))
+        padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
+        padded[: len(content)] = content
+        texts = self.gather(padded)
+        return [bytes(each[:size].tolist()).decode() for each, size in zip(texts, map(int, sizes), strict=True)]
+
+    def use(self, device: torch.device) -> None:
+        """Get ready to exchange numbers that lie on this device; a second time changes nothing."""
+        if device.type not in ("cuda", "cpu"):
+            raise ConfigError(f"Several processes train on CUDA or on the CPU, not on {device.type}.")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if self._numbers is None:
+            has_nccl = device.type == "cuda" and dist.is_nccl_available()  # Windows has none.
+            group = dist.new_group(backend="nccl" if has_nccl else "gloo")
+            assert isinstance(group, dist.ProcessGroup)
+            self._numbers = group
+
+    @property
+    def numbers(self) -> dist.ProcessGroup:
+        """The group in which numbers of the device are exchanged."""
+        assert self._numbers is not None
+        return self._numbers
+
+    def add_up(self, numbers: Tensor) -> None:
+        """Replace the tensor by its sum over all processes, the same bits in each."""
+        self.meet()
+        dist.all_reduce(numbers, group=self.numbers)
+
+    def copy_first(self, numbers: Tensor) -> None:
+        """Replace the tensor by the first process's."""
+        self.meet()
+        dist.broadcast(numbers, src=0, group=self.numbers)
+
+    def gather(self, numbers: Tensor) -> list[Tensor]:
+        """Return every process's tensor on the CPU, by rank; all have one shape."""
+        self.meet()
+        own = numbers.cpu()
+        gathered = [torch.empty_like(own) for _ in range(self.count)]
+        dist.all_gather(gathered, own)
+        return gathered
+
+
+def own_device(name: str, processes: Processes) -> torch.device:
+    """Give this process's device: the one called `name`, or its own where `name` leaves open which of its kind."""
+    device = choose_device(name)
+    if processes.count > 1 and device.type == "cuda" and device.index is None:
+        there = torch.cuda.device_count()
+        if processes.local_rank >= there:
+            raise ConfigError(
+                f"There are more processes than GPUs on this machine: {there} GPU{'s' if there > 1 else ''}.",
+                hint=f"Start {there} with --nproc-per-node {there}.",
+            )
+        device = torch.device(device.type, processes.local_rank)
+    processes.use(device)
+    return device
