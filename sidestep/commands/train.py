@@ -66,6 +66,11 @@ def run(
     if layers.save_preset and processes.is_first:
         path = save_preset(layers.save_preset, config, without=RECIPE_PINS[command])
         console.print(f"Saved as preset: {path}")
+    if config.shard_base and processes.count == 1:
+        raise ConfigError(
+            "--shard-base spreads the model over several processes, and there is one.",
+            hint="Start them: uv run torchrun --nproc-per-node 2 train.py ...; or leave it out (--no-shard-base).",
+        )
     checkpoint = _checkpoint(config)
     if remembers and config.checkpoint_dir is not None and processes.is_first:
         _remember(config.checkpoint_dir, console)

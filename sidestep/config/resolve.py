@@ -81,6 +81,10 @@ def contradictions(config: TrainConfig, given: Values) -> list[str]:
     ]
     if config.early_stop_patience and not config.val_split:
         problems.append("--early-stop-patience needs --val-split: without held-out songs nothing says when to stop.")
+    if config.shard_base and config.quantize != "none":
+        problems.append("--shard-base spreads whole weights: it does not go with --quantize.")
+    if config.shard_base and config.sample_every_n_epochs:
+        problems.append("--sample-every-n-epochs renders in one process: with --shard-base none holds the whole model.")
     if config.rank_map is None and config.rank_map_start:
         problems.append("--rank-map-start needs --rank-map: the directions lie beside the map.")
     if config.rank_map is not None and "rank_map" not in given and config.adapter_type not in PEFT.values:

@@ -98,6 +98,14 @@ class TrainConfig(AdapterConfig):
         group=TRAINING,
         default="none",
     )
+    shard_base: bool = option(
+        "Spread the frozen model over the processes that train together: each GPU holds its part and one block whole.",
+        group=TRAINING,
+        default=False,
+        ask="never",
+        on_resume="free",
+        in_presets=False,
+    )
     auto_fit: bool = option(
         "Where a step does not fit the GPU, change settings until it does, and say which.",
         group=TRAINING,

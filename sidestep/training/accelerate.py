@@ -6,16 +6,16 @@ Neither changes what is computed. What cannot be had is said in one line, and tr
 import importlib.util
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.nn import Parameter
 
 from sidestep.config.train import TrainConfig
 from sidestep.errors import ConfigError
 from sidestep.events import Emit, Notice
+from sidestep.model.attention import blocks_of
 from sidestep.model.capabilities import capabilities, check_training, those_with
 from sidestep.model.device import choose_dtype, generation
 from sidestep.training.passes import CapturedPasses, EagerPasses, Model, Passes
@@ -77,7 +77,7 @@ def _check_compile(device: torch.device) -> None:
 
 def make_passes(model: Model, parameters: Sequence[Parameter], scaler: GradScaler) -> Passes:
     """Return captured passes where there can be any, else eager ones."""
-    if can_capture(model.device, model.dtype):
+    if can_capture(model.device, model.dtype) and model.sharded is None:
         return CapturedPasses(model=model, parameters=parameters)
     return EagerPasses(model=model, scaler=scaler)
 
@@ -85,6 +85,12 @@ def make_passes(model: Model, parameters: Sequence[Parameter], scaler: GradScale
 def compile_blocks(model: Model, *, any_length: bool) -> None:
     """Have the decoder's blocks compiled at their first use; `any_length` when a run has several lengths."""
     torch._dynamo.config.recompile_limit = COMPILATIONS
-    blocks: list[Callable[..., Tensor]] = [torch.compile(block) for block in model.blocks]
-    model.compiled_blocks = blocks
+    if model.sharded is None:
+        model.compiled_blocks = [torch.compile(block) for block in model.blocks]
+    else:
+        # What gathers a block's weights and lets them go stands before and after its forward, and is not compiled.
+        blocks = blocks_of(model.decoder)
+        for block in blocks:
+            block.forward = torch.compile(block.forward)
+        model.compiled_blocks = blocks
     model.any_length = any_length

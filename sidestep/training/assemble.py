@@ -90,9 +90,7 @@ def assemble(
     device = own_device(config.device, processes)
     dtype = choose_dtype(config.precision, device)
     check_device(config, device)
-    recipe = resolve_recipe(config, name=recipe_name, is_turbo=checkpoint.is_turbo)
-    if config.shift is not None and config.timestep_mode == "auto" and recipe.timestep_mode == "continuous":
-        emit(Notice(text=f"--shift has no effect here: {checkpoint.variant} trains on continuous timesteps."))
+    recipe = _recipe(config, recipe_name, checkpoint, emit)
     songs = find_songs(dataset_dir, checkpoint, emit=emit, num_workers=config.num_workers)
     trained_on, held_out = hold_out(songs, config.val_split)
     plan = _plan(config, trained_on, few_lengths=can_capture(device, dtype), emit=emit)
@@ -105,20 +103,9 @@ def assemble(
     processes.must_agree("settings, model, songs and checkpoint", repr((_common(config), rank_map, identity, state)))
     sampler = sampler_of(recipe, mu=checkpoint.timestep_mu, sigma=checkpoint.timestep_sigma)
     adapter, stepper = build_stepper(
-        config,
-        recipe,
-        checkpoint,
-        rank_map,
-        sampler=sampler,
-        device=device,
-        dtype=dtype,
-        processes=processes,
-        emit=emit,
+        config, recipe, checkpoint, rank_map, processes, sampler=sampler, device=device, dtype=dtype, emit=emit
     )
-    if snapshot:
-        _restore(snapshot, adapter, stepper)
-    for parameter in adapter.parameters.values():
-        processes.copy_first(parameter.detach())
+    _begin(snapshot, adapter, stepper)
     passes = (pace.total_steps - state.step) * -(-pace.passes // processes.count)
     if wants_compile(config.compile, device, passes=passes, emit=emit):
         compile_blocks(stepper.model, any_length=len(plan.groups) > 1)
@@ -142,6 +129,13 @@ def assemble(
         identity=identity,
         processes=processes,
     )
+
+
+def _recipe(config: TrainConfig, name: str, checkpoint: Checkpoint, emit: Emit) -> Recipe:
+    recipe = resolve_recipe(config, name=name, is_turbo=checkpoint.is_turbo)
+    if config.shift is not None and config.timestep_mode == "auto" and recipe.timestep_mode == "continuous":
+        emit(Notice(text=f"--shift has no effect here: {checkpoint.variant} trains on continuous timesteps."))
+    return recipe
 
 
 def _plan(config: TrainConfig, songs: Sequence[Song], *, few_lengths: bool, emit: Emit) -> Plan:
@@ -272,6 +266,14 @@ def _snapshot(config: TrainConfig, identity: Mapping[str, str], emit: Emit) -> S
                 hint="Resume with what that run was started with, or start a new run with --init-from.",
             )
     return snapshot
+
+
+def _begin(snapshot: Snapshot | None, adapter: Adapter, stepper: Stepper) -> None:
+    """Go on from a checkpoint, where there is one; all processes begin with the same weights."""
+    if snapshot:
+        _restore(snapshot, adapter, stepper)
+    for parameter in adapter.parameters.values():
+        stepper.processes.copy_first(parameter.detach())
 
 
 def _restore(snapshot: Snapshot, adapter: Adapter, stepper: Stepper) -> None:

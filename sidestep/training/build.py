@@ -25,6 +25,7 @@ from sidestep.training.adapters.lora import LoraAdapter, plain_loras
 from sidestep.training.objective import MinSnr
 from sidestep.training.optimizers import make_optimizer
 from sidestep.training.passes import Model
+from sidestep.training.sharding import shard
 from sidestep.training.step import Stepper
 from sidestep.training.timesteps import Sampler
 
@@ -36,11 +37,11 @@ def build_stepper(
     recipe: Recipe,
     checkpoint: Checkpoint,
     rank_map: RankMap | None,
+    processes: Processes,
     *,
     sampler: Sampler,
     device: torch.device,
     dtype: torch.dtype,
-    processes: Processes,
     emit: Emit,
 ) -> tuple[Adapter, Stepper]:
     """Load the decoder, attach the adapter that was asked for, and return it with the stepper that trains it.
@@ -50,12 +51,17 @@ def build_stepper(
     reset_memory_peak(device)
     try:
         with full_memory_alike():
-            model, adapter = _model(config, recipe, checkpoint, rank_map, sampler=sampler, device=device, dtype=dtype)
+            model, adapter = _model(
+                config, recipe, checkpoint, rank_map, sampler=sampler, device=device, dtype=dtype, processes=processes
+            )
     except torch.OutOfMemoryError as error:
         raise NoRoomError(
             f"The model {checkpoint.variant} does not fit into the free memory of {device}.",
-            hint="Close other programs that use it, add --quantize int8 or nf4, or train a smaller --model-variant.",
+            hint="Close other programs that use it, add --quantize int8 or nf4, train a smaller --model-variant, or "
+            "spread it over several GPUs (--shard-base).",
         ) from error
+    if config.shard_base and can_capture(device, dtype):
+        emit(Notice(text="Passes are not captured as graphs: in each one the processes exchange the model's parts."))
     for remark in adapter.remarks:
         emit(Notice(text=remark, level="warning"))
     return adapter, _stepper(config, model, adapter, processes)
@@ -70,8 +76,11 @@ def _model(
     sampler: Sampler,
     device: torch.device,
     dtype: torch.dtype,
+    processes: Processes,
 ) -> tuple[Model, Adapter]:
-    decoder = frozen_decoder(checkpoint, quantize=config.quantize, device=device, dtype=dtype)
+    decoder = frozen_decoder(
+        checkpoint, quantize=config.quantize, device=CPU if config.shard_base else device, dtype=dtype
+    )
     layers = len(decoder.layers)
     modules = target_names(layers, attention_type=config.attention_type, target_modules=config.target_modules)
     torch.manual_seed(config.seed)
@@ -79,6 +88,7 @@ def _model(
     # A run that goes on has its weights in its checkpoint; the adapter it once started from may be gone.
     if config.init_from and config.resume_from is None:
         adapter.read(config.init_from)
+    sharded = shard(decoder, adapter.parameters.values(), processes, device=device) if config.shard_base else None
     decoder.train()
     cross_attention, dropout_seed = (
         use_processors(decoder, device=device, dtype=dtype),
@@ -93,9 +103,11 @@ def _model(
             layers, config.gradient_checkpointing_ratio if config.gradient_checkpointing else 0.0
         ),
         dropout_seed=dropout_seed,
-        fused=fused_blocks(decoder, adapter, cross_attention),
+        # Fused layers lie in memory that blocks share, where none can be gathered by itself.
+        fused=None if sharded else fused_blocks(decoder, adapter, cross_attention),
         device=device,
         dtype=dtype,
+        sharded=sharded,
     )
     free_memory(device)  # Weights that were moved or packed leave holes.
     return model, adapter

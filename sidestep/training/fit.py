@@ -144,7 +144,7 @@ def _ways(config: TrainConfig, seconds: float) -> Iterator[TrainConfig]:
         parts = config.batch_size if config.batch_size % 2 else 2
         passes = config.gradient_accumulation * parts
         yield replace(config, batch_size=config.batch_size // parts, gradient_accumulation=passes)
-    if config.quantize == "none":
+    if config.quantize == "none" and not config.shard_base:
         yield replace(config, quantize="int8")
     if config.optimizer_type == "adamw":
         yield replace(config, optimizer_type="adamw8bit")

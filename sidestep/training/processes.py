@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sidestep.config.processes import Place, Processes, Word
-from sidestep.errors import ConfigError, ElsewhereError, LostProcessError, NoRoomElsewhereError
+from sidestep.errors import ConfigError, ElsewhereError, LostProcessError, NoRoomElsewhereError, RunError
 from sidestep.model.device import choose_device
 
+JOINING = timedelta(minutes=10)
 # The others wait while the first one preprocesses, saves or renders. A process that dies is noticed at once.
 PATIENCE = timedelta(days=7)
 FAREWELL = timedelta(minutes=2)  # How long one that failed waits to tell the others: they finish their passes first.
@@ -29,8 +30,14 @@ def joined(place: Place) -> Iterator[Processes]:
 
     When some fail, the first of these raises its own error and all others raise ElsewhereError: it is told once.
     """
-    dist.init_process_group("gloo", timeout=PATIENCE)
-    processes = JoinedProcesses(place.rank, place.local_rank, place.count)
+    try:
+        dist.init_process_group("gloo", timeout=JOINING)
+    except dist.DistError as error:
+        raise RunError(
+            f"The {place.count} processes of this run did not find each other within {JOINING.seconds // 60} minutes.",
+            hint="Were all machines started, with the same address and port, and can they reach each other?",
+        ) from error
+    processes = JoinedProcesses(place.rank, place.local_rank, place.count, meetings=new_group("gloo", PATIENCE))
     try:
         yield processes
         processes.meet()
@@ -49,10 +56,11 @@ def joined(place: Place) -> Iterator[Processes]:
     dist.destroy_process_group()
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, kw_only=True)
 class JoinedProcesses(Processes):
     """One of several processes. `use` comes before anything is done with numbers of a device."""
 
+    meetings: dist.ProcessGroup
     _numbers: dist.ProcessGroup | None = field(default=None, init=False)
 
     def meet(self, word: Word = Word.FINE) -> list[Word]:
@@ -83,13 +91,13 @@ class JoinedProcesses(Processes):
             return True  # Nobody is left to tell it.
 
     def stay_behind(self) -> None:
-        """Wait until the process that tells why all end is gone: a launcher kills the others when the first one ends."""
+        """Wait until the process that tells why is gone: when the first one ends, a launcher kills the others."""
         with suppress(RuntimeError):
             self._exchange(Word.FINE, timeout=FAREWELL)
 
     def _exchange(self, word: Word, *, timeout: timedelta = PATIENCE) -> list[Word]:
         words = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
-        work = dist.all_gather(words, torch.tensor([word]), async_op=True)
+        work = dist.all_gather(words, torch.tensor([word]), group=self.meetings, async_op=True)
         assert work is not None
         work.wait(timeout)
         return [Word(int(each)) for each in words]
@@ -122,9 +130,7 @@ class JoinedProcesses(Processes):
             torch.cuda.set_device(device)
         if self._numbers is None:
             has_nccl = device.type == "cuda" and dist.is_nccl_available()  # Windows has none.
-            group = dist.new_group(backend="nccl" if has_nccl else "gloo")
-            assert isinstance(group, dist.ProcessGroup)
-            self._numbers = group
+            self._numbers = new_group("nccl" if has_nccl else "gloo")
 
     @property
     def numbers(self) -> dist.ProcessGroup:
@@ -147,8 +153,15 @@ class JoinedProcesses(Processes):
         self.meet()
         own = numbers.cpu()
         gathered = [torch.empty_like(own) for _ in range(self.count)]
-        dist.all_gather(gathered, own)
+        dist.all_gather(gathered, own, group=self.meetings)
         return gathered
+
+
+def new_group(backend: str, timeout: timedelta | None = None) -> dist.ProcessGroup:
+    """Make a group of all processes for one purpose; they call this together."""
+    group = dist.new_group(backend=backend, timeout=timeout)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def own_device(name: str, processes: Processes) -> torch.device:

@@ -6,7 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,13 +20,13 @@ STEPS = 60
 
 
 class Command:
-    """Side-Step in a process of its own, at the head of its own group."""
+    """Side-Step, or the launcher that starts it, in a process of its own, at the head of its own group."""
 
-    def __init__(self, *arguments: str, home: Path) -> None:
+    def __init__(self, *arguments: str, home: Path, launcher: Sequence[str] = ()) -> None:
         # Plain lines on a pipe; the user's own settings are left alone.
         environment = {**os.environ, "XDG_CONFIG_HOME": str(home), "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, str(REPOSITORY / "train.py"), "--plain", *arguments],
+            [sys.executable, *launcher, str(REPOSITORY / "train.py"), "--plain", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sidestep.config.processes import ALONE, Processes
 from sidestep.config.runs import CHECKPOINTS, STATE_FILE, checkpoints_in
 from sidestep.config.train import TrainConfig
 from sidestep.events import Event, Metrics, Notice, StepDone
@@ -118,6 +119,7 @@ def prepare(
     *,
     recipe: str = "fixed",
     emit: Callable[[Event], None] = lambda event: None,
+    processes: Processes = ALONE,
 ) -> Run:
     """Put a tiny run together."""
     return assemble(
@@ -129,6 +131,7 @@ def prepare(
         run_name=RUN_NAME,
         version="0",
         emit=emit,
+        processes=processes,
     )
 
 
@@ -140,10 +143,11 @@ def train(
     *,
     recipe: str = "fixed",
     stop_after: int | None = None,
+    processes: Processes = ALONE,
 ) -> Trained:
     """Put a tiny run together and carry it out, or stop it as Ctrl-C does once `stop_after` steps are done."""
     events: list[Event] = []
-    run = prepare(config, checkpoint, songs, output, recipe=recipe, emit=events.append)
+    run = prepare(config, checkpoint, songs, output, recipe=recipe, emit=events.append, processes=processes)
 
     def stop_requested() -> bool:
         return stop_after is not None and run.state.step >= stop_after
