@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 from benchmarks.subject import SIZES, Machine, build_decoder, clear, make_batch, meta_decoder, step_tflop, this_machine
+from sidestep.config.processes import ALONE, Processes
 from sidestep.config.train import TrainConfig
 from sidestep.model import attention
 from sidestep.model.attention import use_processors
@@ -39,6 +40,7 @@ from sidestep.training.build import fused_blocks, recomputed_blocks
 from sidestep.training.objective import noisy_latents
 from sidestep.training.optimizers import make_optimizer
 from sidestep.training.passes import EagerPasses, Model
+from sidestep.training.sharding import shard
 from sidestep.training.step import Stepper
 
 MODES = ("reference", "eager", "captured", "compiled")
@@ -130,7 +132,17 @@ def reference(case: Case, machine: Machine) -> Subject:
 
 def ours(case: Case, machine: Machine) -> Subject:
     """Return the step that training makes."""
+    stepper = build_stepper(case, machine)
+    parameters = list(stepper.parameters.values())
+    return Subject(lambda batch: stepper([batch], lr=LEARNING_RATE, seeds=[1]).values[0], parameters)
+
+
+def build_stepper(case: Case, machine: Machine, *, processes: Processes = ALONE, is_sharded: bool = False) -> Stepper:
+    """Return what makes the steps of training; `is_sharded` spreads the frozen model over the processes."""
     decoder = build_decoder(case.size, machine)
+    if is_sharded:
+        decoder = decoder.cpu()
+        clear(machine.device)
     if case.quantize != "none":
         quantize_blocks(decoder, case.quantize, device=machine.device)
         clear(machine.device)
@@ -138,10 +150,12 @@ def ours(case: Case, machine: Machine) -> Subject:
     config = TrainConfig(adapter_type=case.adapter, rank=case.rank, alpha=2.0 * case.rank, dropout=case.dropout)  # pyright: ignore
     adapter = ADAPTERS[case.adapter](decoder, adapted(layers), config)
     fill_b(decoder)
+    parameters = list(adapter.parameters.values())
+    sharded = shard(decoder, parameters, processes, device=machine.device) if is_sharded else None
     decoder.train()
     cross_attention = use_processors(decoder, device=machine.device, dtype=machine.dtype)
     dropout_seed = seed_dropout(decoder, case.dropout)
-    fused = fused_blocks(decoder, adapter, cross_attention) if case.is_fused else None
+    fused = fused_blocks(decoder, adapter, cross_attention) if case.is_fused and not is_sharded else None
     clear(machine.device)
     model = Model(
         decoder=decoder,
@@ -153,28 +167,26 @@ def ours(case: Case, machine: Machine) -> Subject:
         fused=fused,
         device=machine.device,
         dtype=machine.dtype,
+        sharded=sharded,
     )
     scaler = GradScaler(machine.device.type, enabled=False)
     is_captured = case.mode != "eager" and machine.device.type == "cuda"
     if case.mode == "compiled":
         compile_blocks(model, any_length=False)
-    parameters = list(adapter.parameters.values())
     optimizer = make_optimizer(
         case.optimizer, adapter.parameters, lr=LEARNING_RATE, weight_decay=0.01, device=machine.device
     )
-    stepper = Stepper(
+    return Stepper(
         model=model,
-        passes=make_passes(model, list(adapter.parameters.values()), scaler)
-        if is_captured
-        else EagerPasses(model=model, scaler=scaler),
+        passes=make_passes(model, parameters, scaler) if is_captured else EagerPasses(model=model, scaler=scaler),
         parameters=adapter.parameters,
         modules=adapter.modules,
         optimizer=optimizer,
         max_grad_norm=1.0,
         scaler=scaler,
         guards_itself=case.optimizer == "adamw" and machine.device.type == "cuda",
+        processes=processes,
     )
-    return Subject(lambda batch: stepper([batch], lr=LEARNING_RATE, seeds=[1]).values[0], parameters)
 
 
 def adapted(layers: int) -> list[str]:
