@@ -171,7 +171,7 @@ def _train(
         from sidestep.training.run import carry_out
 
         check_device(config, choose_device(config.device))
-        emit = combine(show, write_log)
+        emit = combine(show, write_log) if processes.is_first else combine()
         # Before the decoder is loaded: the encoders are gone again when it comes.
         listens = config.sample_every_n_epochs > 0 and processes.is_first
         wordings = prepare_wordings(config, checkpoint, dataset_dir) if listens else []

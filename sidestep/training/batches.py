@@ -327,6 +327,14 @@ class Batches:
 
     def __post_init__(self) -> None:
         self._order = _EpochOrder(self.plan, self.processes.count)
+        self.close()
+
+    def close(self) -> None:
+        """End the processes that read ahead; another epoch starts new ones.
+
+        An error on its way holds on to them, and at exit they would take Python's SIGTERM for a job manager's and stay.
+        """
+        self._reader = self._begun = None
         self._loader = DataLoader(
             self.draws,
             batch_sampler=self._order,  # type: ignore[arg-type]

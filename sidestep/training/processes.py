@@ -167,6 +167,11 @@ def new_group(backend: str, timeout: timedelta | None = None) -> dist.ProcessGro
 def own_device(name: str, processes: Processes) -> torch.device:
     """Give this process's device: the one called `name`, or its own where `name` leaves open which of its kind."""
     device = choose_device(name)
+    if processes.local_rank > 0 and device.type == "cuda" and device.index is not None:
+        raise ConfigError(
+            f"--device {name} is one GPU, and there are several processes on this machine.",
+            hint="Leave --device out: each takes its own. CUDA_VISIBLE_DEVICES says which there are.",
+        )
     if processes.count > 1 and device.type == "cuda" and device.index is None:
         there = torch.cuda.device_count()
         if processes.local_rank >= there:

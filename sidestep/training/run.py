@@ -198,6 +198,8 @@ def _saving_on_failure(run: Run, emit: Emit) -> Iterator[None]:
     except (NonFiniteError, DataError, ReadingError, ElsewhereError, LostProcessError):
         _keep(run, emit)
         raise
+    finally:
+        run.batches.close()
 
 
 def _keep(run: Run, emit: Emit) -> None:

@@ -139,18 +139,18 @@ def test_a_process_that_fails_ends_all_and_what_was_done_is_kept(left: Left):
 
 
 def typed(tmp_path: Path, checkpoint: Checkpoint, songs: Path, output: str, *more: str) -> list[str]:
-    """Give the words of a run of two epochs of seven songs."""
+    """Give the words of a run of seven songs."""
     arguments = {
         "--checkpoint-dir": checkpoint.root, "--model-variant": checkpoint.variant, "--dataset-dir": songs,
         "--output-dir": tmp_path / output, "--run-name": RUN_NAME, "--device": "cpu", "--rank": 4,
-        "--learning-rate": 0.001, "--warmup-steps": 2, "--log-every": 1, "--num-workers": 1,
+        "--learning-rate": 0.001, "--warmup-steps": 2, "--log-every": 1,
     }  # fmt: skip
     return ["fixed", *(str(word) for pair in arguments.items() for word in pair), *more]
 
 
 def test_sigterm_saves_once_and_one_process_goes_on_to_the_same_adapter(tmp_path: Path, base: Checkpoint):
     songs = write_songs(tmp_path / "songs", base, FRAMES)
-    more = ["--epochs", "8"]
+    more = ["--epochs", "8", "--num-workers", "0"]
     words = typed(tmp_path, base, songs, "two", "--gradient-accumulation", "2", *more)
     command = Command(*words, home=tmp_path / "home", launcher=TORCHRUN)
     command.read_until("Step 3/")
@@ -175,7 +175,7 @@ def test_sigterm_saves_once_and_one_process_goes_on_to_the_same_adapter(tmp_path
 
 def test_an_error_of_one_process_is_told_once(tmp_path: Path, base: Checkpoint):
     songs = write_songs(tmp_path / "songs", base, FRAMES)
-    words = typed(tmp_path, base, songs, "run", "--gradient-accumulation", "1")
+    words = typed(tmp_path, base, songs, "run", "--gradient-accumulation", "1", "--num-workers", "1")
     command = Command(*words, home=tmp_path / "home", launcher=ACCELERATE)
     command.read_until("Step 2/")
     for song in songs.glob("*.pt"):

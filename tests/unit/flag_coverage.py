@@ -90,6 +90,9 @@ TRAINING: Mapping[str, str] = {
         _ACCELERATE + "test_a_part_of_the_blocks_is_recomputed_and_the_weights_are_the_same",
     "--quantize":
         "tests/torch/test_quantize.py::test_a_run_on_packed_weights_trains_saves_loads_and_exports_like_any_other",
+    "--shard-base":
+        "tests/torch/test_processes.py::"
+        "test_a_base_spread_over_processes_trains_to_the_same_and_each_holds_its_half",
     "--auto-fit": _ACCELERATE + "test_with_auto_fit_settings_change_until_a_step_fits_and_each_change_is_said",
     "--compile": _ACCELERATE + "test_compiled_blocks_train_to_the_same_weights_dropout_included",
     "--offload-encoder": _PREPROCESS + "test_the_encoders_of_words_and_conditions_stay_off_the_gpu",
