@@ -35,6 +35,8 @@ class Capabilities:
     """The most memory that was taken, and all there is, can be read."""
     widens_float16: bool
     """With float16, what overflowed in it is computed in float32: the encoders and the stream through the decoder."""
+    exchanges: Literal["nccl", "gloo", "never"]
+    """How several processes add up numbers that lie on their devices."""
 
 
 CAPABILITIES = {
@@ -52,6 +54,7 @@ CAPABILITIES = {
         has_float64=True,
         measures_peak=True,
         widens_float16=False,
+        exchanges="nccl",
     ),
     # torch built for HIP calls its devices cuda; its FlashAttention is another one and knows no window.
     "rocm": Capabilities(
@@ -68,6 +71,7 @@ CAPABILITIES = {
         has_float64=True,
         measures_peak=True,
         widens_float16=False,
+        exchanges="nccl",
     ),
     # torch 2.11 needs macOS 14, with which bf16 came. Its DataLoader refuses to pin memory for MPS, and its compiler is
     # a prototype there. Its fused AdamW is left alone: whether that heeds float16's loss scaling has not been seen.
@@ -86,6 +90,7 @@ CAPABILITIES = {
         has_float64=False,
         measures_peak=False,
         widens_float16=True,
+        exchanges="never",
     ),
     # Not every XPU has float64, and torch's loss scaling for float16 needs it.
     "xpu": Capabilities(
@@ -102,6 +107,7 @@ CAPABILITIES = {
         has_float64=False,
         measures_peak=True,
         widens_float16=False,
+        exchanges="never",
     ),
     "cpu": Capabilities(
         name="CPU",
@@ -117,6 +123,7 @@ CAPABILITIES = {
         has_float64=True,
         measures_peak=False,
         widens_float16=False,
+        exchanges="gloo",
     ),
 }
 

@@ -46,6 +46,31 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def choose_own_device(name: str, *, local_rank: int) -> torch.device:
+    """Give the device called `name` for one of several processes of a machine: of what there are several, its own.
+
+    `local_rank` counts the machine's processes from 0. ConfigError when there are too few of that kind.
+    """
+    device = choose_device(name)
+    if capabilities(device).exchanges != "nccl":
+        return device
+    if device.index is None:
+        there = device_count(device.type)
+        if local_rank >= there:
+            raise ConfigError(
+                f"There are more processes than GPUs on this machine: {there} GPU{'s' if there > 1 else ''}.",
+                hint=f"Start {there}: --nproc-per-node {there}.",
+            )
+        device = torch.device(device.type, local_rank)
+    elif local_rank > 0:
+        raise ConfigError(
+            f"--device {name} is one GPU, and there are several processes on this machine.",
+            hint="Leave --device out: each takes its own. CUDA_VISIBLE_DEVICES says which there are.",
+        )
+    _module(device).set_device(device)
+    return device
+
+
 def available_devices() -> list[str]:
     """List the kinds of device of this machine, best first; the CPU is always the last."""
     found = {

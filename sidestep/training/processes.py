@@ -15,7 +15,8 @@ from torch import Tensor
 
 from sidestep.config.processes import Place, Processes, Word
 from sidestep.errors import ConfigError, ElsewhereError, LostProcessError, NoRoomElsewhereError, RunError
-from sidestep.model.device import choose_device
+from sidestep.model.capabilities import capabilities, those_with
+from sidestep.model.device import choose_device, choose_own_device
 
 JOINING = timedelta(minutes=10)
 # The others wait while the first one preprocesses, saves or renders. A process that dies is noticed at once.
@@ -124,13 +125,13 @@ class JoinedProcesses(Processes):
 
     def use(self, device: torch.device) -> None:
         """Get ready to exchange numbers that lie on this device; a second time changes nothing."""
-        if device.type not in ("cuda", "cpu"):
-            raise ConfigError(f"Several processes train on CUDA or on the CPU, not on {device.type}.")
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        backend = capabilities(device).exchanges
+        if backend == "never":
+            others = those_with(lambda kind: kind.exchanges != "never")
+            raise ConfigError(f"Several processes train on {others}, not on {capabilities(device).name}.")
         if self._numbers is None:
-            has_nccl = device.type == "cuda" and dist.is_nccl_available()  # Windows has none.
-            self._numbers = new_group("nccl" if has_nccl else "gloo")
+            # Windows has no NCCL.
+            self._numbers = new_group(backend if dist.is_backend_available(backend) else "gloo")
 
     @property
     def numbers(self) -> dist.ProcessGroup:
@@ -166,19 +167,8 @@ def new_group(backend: str, timeout: timedelta | None = None) -> dist.ProcessGro
 
 def own_device(name: str, processes: Processes) -> torch.device:
     """Give this process's device: the one called `name`, or its own where `name` leaves open which of its kind."""
-    device = choose_device(name)
-    if processes.local_rank > 0 and device.type == "cuda" and device.index is not None:
-        raise ConfigError(
-            f"--device {name} is one GPU, and there are several processes on this machine.",
-            hint="Leave --device out: each takes its own. CUDA_VISIBLE_DEVICES says which there are.",
-        )
-    if processes.count > 1 and device.type == "cuda" and device.index is None:
-        there = torch.cuda.device_count()
-        if processes.local_rank >= there:
-            raise ConfigError(
-                f"There are more processes than GPUs on this machine: {there} GPU{'s' if there > 1 else ''}.",
-                hint=f"Start {there} with --nproc-per-node {there}.",
-            )
-        device = torch.device(device.type, processes.local_rank)
+    if processes.count == 1:
+        return choose_device(name)
+    device = choose_own_device(name, local_rank=processes.local_rank)
     processes.use(device)
     return device
