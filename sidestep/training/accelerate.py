@@ -20,8 +20,9 @@ from sidestep.model.capabilities import capabilities, check_training, those_with
 from sidestep.model.device import choose_dtype, generation
 from sidestep.training.passes import CapturedPasses, EagerPasses, Model, Passes
 
-# A compiled pass saves some 30 ms on a large card and more on a small one; compiling takes about 40 s.
-WORTH_COMPILING = 1500  # passes
+# Compiling takes about so many seconds, and then saves so many milliseconds a pass for each second of music (twice as
+# many where blocks are recomputed) on an H100 (benchmarks/step.py: 26 at 60 s, 73 at 240 s); more on smaller cards.
+COMPILE_SECONDS, SAVED_MS = 40, 0.35
 # One compilation for each kind of block; more than torch's default of 8, in case lengths or modes add some.
 COMPILATIONS = 64
 
@@ -54,8 +55,12 @@ def check_device(config: TrainConfig, device: torch.device) -> None:
         _check_compile(device)
 
 
-def wants_compile(asked: bool | None, device: torch.device, *, passes: int, emit: Emit) -> bool:
+def wants_compile(
+    asked: bool | None, device: torch.device, *, music_seconds: float, recomputed: float, emit: Emit
+) -> bool:
     """Decide on compiling: as asked, else where it can be had and the run is long enough to get its time back.
+
+    `music_seconds` are those of all passes that are left together, `recomputed` the share of blocks that are.
 
     ConfigError when it was asked for and cannot be had.
     """
@@ -65,7 +70,7 @@ def wants_compile(asked: bool | None, device: torch.device, *, passes: int, emit
         reason = why_not_compile(device)
         if reason:
             emit(Notice(text=f"Blocks are not compiled ({reason}): training is the same, and slower."))
-        return not reason and passes >= WORTH_COMPILING
+        return not reason and music_seconds * SAVED_MS / 1000 * (1 + recomputed) >= COMPILE_SECONDS
     return bool(asked)
 
 

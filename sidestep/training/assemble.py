@@ -107,7 +107,9 @@ def assemble(
     )
     _begin(snapshot, adapter, stepper)
     passes = (pace.total_steps - state.step) * -(-pace.passes // processes.count)
-    if wants_compile(config.compile, device, passes=passes, emit=emit):
+    music_seconds = passes * plan.mean_frames * config.batch_size / FRAMES_PER_SECOND
+    recomputed = sum(stepper.model.recompute) / len(stepper.model.recompute)
+    if wants_compile(config.compile, device, music_seconds=music_seconds, recomputed=recomputed, emit=emit):
         compile_blocks(stepper.model, any_length=len(plan.groups) > 1)
     return Run(
         config=config,

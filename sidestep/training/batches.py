@@ -93,6 +93,12 @@ class Plan:
         per_group = (sum(self._draw_count(song, group.frames) for song in group.songs) for group in self.groups)
         return sum(-(-count // self.batch_size) for count in per_group)
 
+    @property
+    def mean_frames(self) -> float:
+        """Return how long the samples of an epoch are on average, in frames."""
+        counts = {group: sum(self._draw_count(song, group.frames) for song in group.songs) for group in self.groups}
+        return sum(group.frames * count for group, count in counts.items()) / sum(counts.values())
+
     def _draw_count(self, song: int, frames: int) -> int:
         windows = -(-self.songs[song].frames // frames) if self._is_window(frames) else 1
         return windows * self.songs[song].repeat * self.repeats

@@ -14,7 +14,7 @@ from sidestep.errors import ConfigError, NoRoomError
 from sidestep.events import Event, Notice
 from sidestep.model.checkpoint import Checkpoint
 from sidestep.training import accelerate, fit
-from sidestep.training.accelerate import WORTH_COMPILING, can_capture, wants_compile, why_not_compile
+from sidestep.training.accelerate import COMPILE_SECONDS, SAVED_MS, can_capture, wants_compile, why_not_compile
 from sidestep.training.assemble import Run
 from sidestep.training.build import recomputed_blocks
 from tests.torch.tiny import Trained, assert_identical, prepare, tiny_config, train, write_songs
@@ -31,15 +31,17 @@ def new_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerate.shutil, "which", lambda name: f"/usr/bin/{name}")
 
 
-def decide(asked: bool | None, device: torch.device, passes: int) -> tuple[bool, list[str]]:
+def decide(asked: bool | None, device: torch.device, music: float, recomputed: float = 0) -> tuple[bool, list[str]]:
     events: list[Event] = []
-    wanted = wants_compile(asked, device, passes=passes, emit=events.append)
+    wanted = wants_compile(asked, device, music_seconds=music, recomputed=recomputed, emit=events.append)
     return wanted, [event.text for event in events if isinstance(event, Notice)]
 
 
 def test_long_runs_are_compiled_and_short_ones_are_not_unless_it_was_said(new_gpu: None):
-    assert decide(None, CUDA, WORTH_COMPILING) == (True, [])
-    assert decide(None, CUDA, WORTH_COMPILING - 1) == (False, [])
+    enough = COMPILE_SECONDS / SAVED_MS * 1000
+    assert decide(None, CUDA, enough + 1) == (True, [])
+    assert decide(None, CUDA, enough - 1) == (False, [])
+    assert decide(None, CUDA, enough / 2 + 1, recomputed=1.0) == (True, [])
     assert decide(True, CUDA, 1) == (True, [])
     assert decide(False, CUDA, 10**6) == (False, [])
 

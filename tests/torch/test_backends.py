@@ -39,7 +39,7 @@ from sidestep.model.device import (
 from sidestep.model.loading import load_decoder, widen_stream
 from sidestep.preprocess.tensors import read_sample, sample_paths
 from sidestep.training import accelerate, build
-from sidestep.training.accelerate import WORTH_COMPILING, can_capture, wants_compile
+from sidestep.training.accelerate import can_capture, wants_compile
 from sidestep.training.fit import measure
 from sidestep.training.optimizers import make_optimizer
 from tests.torch.command_line import SMALL
@@ -100,7 +100,7 @@ def test_what_is_chosen_by_itself_follows_from_the_device(
     device = named(kind)
     assert choose_dtype("auto", device) == dtype
     assert can_capture(device, dtype) is captures
-    assert wants_compile(None, device, passes=WORTH_COMPILING, emit=lambda event: None) is compiles
+    assert wants_compile(None, device, music_seconds=1e6, recomputed=0, emit=lambda event: None) is compiles
     weight = {"w": Parameter(torch.ones(2, 2))}
     assert make_optimizer("adamw", weight, lr=1, weight_decay=0, device=device).defaults["fused"] is fused
     assert window_kernel_for(device, dtype) is kernel
@@ -114,7 +114,7 @@ def test_torch_built_for_rocm_is_known_though_it_calls_its_devices_cuda(named: P
 
 
 def test_on_xpu_blocks_are_compiled_when_that_is_asked_for(named: Play):
-    assert wants_compile(True, named("xpu"), passes=1, emit=lambda event: None)
+    assert wants_compile(True, named("xpu"), music_seconds=1, recomputed=0, emit=lambda event: None)
 
 
 @pytest.mark.parametrize(
