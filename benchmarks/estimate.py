@@ -6,12 +6,16 @@ The training step is LoRA of rank 64 on both attentions with AdamW, blocks recom
 attention and MLP projection, blocks recomputed as well. Both run as training and `estimate` run them: captured as CUDA
 graphs where there is a GPU (`--eager` runs both eagerly). Random weights of real size; medians after warm-up. Without a
 GPU, or with --tiny, it runs the tiny size, which shows only that it runs.
+
+`--command "--verify --verify-steps 40 --val-split 0.2 --chunk-duration 60"` runs the real command with these flags
+instead, on 20 songs of random latents, and gives its time and peak.
 """
 
 import argparse
 import json
+import shlex
 import statistics
-import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,14 +25,14 @@ import repository  # noqa: F401
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from benchmarks.step import Case, ours
-from benchmarks.subject import Machine, build_decoder, clear, make_batch, meta_decoder, this_machine
+from benchmarks.subject import SIZES, Machine, build_decoder, clear, make_batch, meta_decoder, this_machine
+from benchmarks.train import write_checkpoint, write_songs
 from sidestep.config.adapter import TARGET_MODULES
 from sidestep.estimate.measure import Replayed
 from sidestep.estimate.sketch import Probe, Sketch
 from sidestep.estimate.taps import tapped
+from sidestep.main import main as sidestep
 from sidestep.model.attention import use_processors
 from sidestep.model.names import to_diffusers
 from sidestep.model.quantize import quantize_blocks
@@ -150,6 +154,22 @@ def _peak(machine: Machine) -> float:
     return torch.cuda.max_memory_allocated() / GIB if machine.device.type == "cuda" else 0.0
 
 
+def run_command(arguments: argparse.Namespace, machine: Machine) -> None:
+    """Run `train.py estimate` on a checkpoint and songs written for it; print its time and peak."""
+    sizes = SIZES[arguments.size]
+    width = sizes.get("encoder_hidden_size") or sizes.get("hidden_size", 2048)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_checkpoint(folder / "checkpoints", arguments.size)
+        write_songs(folder / "tensors", shortest=arguments.seconds[0], longest=arguments.seconds[-1], width=width)
+        clear(machine.device)
+        words = ["--plain", "estimate", "-c", folder / "checkpoints", "-M", "base", "-d", folder / "tensors"]
+        start = time.perf_counter()
+        code = sidestep([*map(str, words), *shlex.split(arguments.command)])
+        seconds = time.perf_counter() - start
+    print(f"estimate {arguments.command}: exit code {code}, {seconds:.0f} s, peak {_peak(machine):.2f} GiB")
+
+
 def table(results: list[Measured]) -> str:
     """Return the results as Markdown, with ratios to the training step of the same length."""
     lines = ["| length | what | ms | peak GiB | time / step | memory / step |", "|---|---|---|---|---|---|"]
@@ -175,6 +195,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rank-max", type=int, default=128, help="directions a layer")
     parser.add_argument("--passes", type=int, default=20)
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs, in both")
+    parser.add_argument("--command", default="", help="flags of the real command, in one string, to run that instead")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.tiny or not torch.cuda.is_available():
@@ -185,6 +206,9 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measure, print the table and the JSON."""
     arguments, machine = parse(), this_machine()
+    if arguments.command:
+        run_command(arguments, machine)
+        return
     results: list[Measured] = []
     for seconds in arguments.seconds:
         results.append(training_step(arguments, seconds, machine))
