@@ -69,7 +69,10 @@ class TrainConfig(AdapterConfig):
         "Gradients are clipped to this norm; 0 leaves them.", group=TRAINING, default=1.0, within=Range(at_least=0)
     )
     seed: int = option(
-        "Same seed, data and machine: same result; on a GPU up to rounding.", group=TRAINING, default=42, within=Range(at_least=0, at_most=2**53)
+        "Same seed, data and machine: same result; on a GPU up to rounding.",
+        group=TRAINING,
+        default=42,
+        within=Range(at_least=0, at_most=2**53),
     )
     optimizer_type: Literal["adamw", "adamw8bit", "adafactor", "prodigy"] = option(
         "Optimizer.", group=TRAINING, default="adamw"

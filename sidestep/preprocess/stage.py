@@ -16,7 +16,7 @@ from sidestep.events import Emit, Notice, StageDone, StageStarted, TrackDone, Tr
 from sidestep.model.device import works_beside_the_cpu
 from sidestep.preprocess.tensors import is_finite
 
-READ_AHEAD_SECONDS = 1200  # Of music: in memory 460 MB, whatever the length of the songs.
+READ_AHEAD_SECONDS = 1200  # Of music: in memory 460 MB; a longer song is read alone.
 THREADS = 6
 ROWS_TOGETHER = 4096
 LEAST_ROWS = 128  # That a song counts for: no more than 32 are in memory to be encoded together.
@@ -172,13 +172,12 @@ class _Lane:
         reading: deque[tuple[Item, Future[Read]]] = deque()
         seconds = 0.0
         for item in items:
-            due = []
             while reading and (len(reading) > self.flow.threads or seconds + item.seconds > READ_AHEAD_SECONDS):
-                seconds -= reading[0][0].seconds
-                due.append(reading.popleft())
+                yield reading[0]
+                # Only now is it encoded, or in the group that will be.
+                seconds -= reading.popleft()[0].seconds
             reading.append((item, self.pool.submit(read, item)))
             seconds += item.seconds
-            yield from due
         yield from reading
 
     def _encoded(self, items: Sequence[Item], work: Work[Item, Read, Made]) -> Iterator[tuple[Item, Future[Written]]]:

@@ -23,8 +23,9 @@ from sidestep.training.passes import CapturedPasses, EagerPasses, Model, Passes
 # Compiling takes about so many seconds, and then saves so many milliseconds a pass for each second of music (twice as
 # many where blocks are recomputed) on an H100 (benchmarks/step.py: 26 at 60 s, 73 at 240 s); more on smaller cards.
 COMPILE_SECONDS, SAVED_MS = 40, 0.35
-# One compilation for each kind of block; more than torch's default of 8, in case lengths or modes add some.
-COMPILATIONS = 64
+USUAL_KINDS = 2  # Blocks with a window and blocks without; where ranks differ, there are more.
+# Times the kinds of block, in case lengths or modes add some; torch goes back to eager beyond the limit.
+COMPILATIONS = 8
 
 
 def can_capture(device: torch.device, dtype: torch.dtype) -> bool:
@@ -56,11 +57,12 @@ def check_device(config: TrainConfig, device: torch.device) -> None:
 
 
 def wants_compile(
-    asked: bool | None, device: torch.device, *, music_seconds: float, recomputed: float, emit: Emit
+    asked: bool | None, device: torch.device, *, music_seconds: float, recomputed: float, kinds: int, emit: Emit
 ) -> bool:
     """Decide on compiling: as asked, else where it can be had and the run is long enough to get its time back.
 
-    `music_seconds` are those of all passes that are left together, `recomputed` the share of blocks that are.
+    `music_seconds` are those of all passes that are left together, `recomputed` the share of blocks that are, `kinds`
+    how many different blocks are to be compiled.
 
     ConfigError when it was asked for and cannot be had.
     """
@@ -70,7 +72,8 @@ def wants_compile(
         reason = why_not_compile(device)
         if reason:
             emit(Notice(text=f"Blocks are not compiled ({reason}): training is the same, and slower."))
-        return not reason and music_seconds * SAVED_MS / 1000 * (1 + recomputed) >= COMPILE_SECONDS
+        cost = COMPILE_SECONDS * kinds / USUAL_KINDS
+        return not reason and music_seconds * SAVED_MS / 1000 * (1 + recomputed) >= cost
     return bool(asked)
 
 
@@ -89,7 +92,7 @@ def make_passes(model: Model, parameters: Sequence[Parameter], scaler: GradScale
 
 def compile_blocks(model: Model, *, any_length: bool) -> None:
     """Have the decoder's blocks compiled at their first use; `any_length` when a run has several lengths."""
-    torch._dynamo.config.recompile_limit = COMPILATIONS
+    torch._dynamo.config.recompile_limit = COMPILATIONS * model.kinds
     if model.sharded is None:
         model.compiled_blocks = [torch.compile(block) for block in model.blocks]
     else:

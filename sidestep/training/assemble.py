@@ -109,7 +109,10 @@ def assemble(
     passes = (pace.total_steps - state.step) * -(-pace.passes // processes.count)
     music_seconds = passes * plan.mean_frames * config.batch_size / FRAMES_PER_SECOND
     recomputed = sum(stepper.model.recompute) / len(stepper.model.recompute)
-    if wants_compile(config.compile, device, music_seconds=music_seconds, recomputed=recomputed, emit=emit):
+    kinds = stepper.model.kinds
+    if wants_compile(
+        config.compile, device, music_seconds=music_seconds, recomputed=recomputed, kinds=kinds, emit=emit
+    ):
         compile_blocks(stepper.model, any_length=len(plan.groups) > 1)
     return Run(
         config=config,
@@ -122,7 +125,7 @@ def assemble(
         held_out=held_out,
         law=_law(checkpoint),
         pace=pace,
-        batches=_batches(config, plan, sampler, recipe, device=device, dtype=dtype, processes=processes),
+        batches=_batches(config, plan, sampler, recipe, pace, device=device, dtype=dtype, processes=processes),
         adapter=adapter,
         stepper=stepper,
         ema=_ema(config, adapter, snapshot),
@@ -175,6 +178,7 @@ def _batches(
     plan: Plan,
     sampler: Sampler,
     recipe: Recipe,
+    pace: Pace,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -189,6 +193,7 @@ def _batches(
         persistent_workers=config.persistent_workers,
         rows=common_rows(plan) if can_capture(device, dtype) else 0,
         processes=processes,
+        last_epoch=(pace.total_steps - 1) // pace.steps_per_epoch,
     )
 
 

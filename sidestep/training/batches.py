@@ -315,7 +315,7 @@ def _learn_of_dead_readers_from_the_next_batch() -> None:
 class Batches:
     """The batches of any epoch from any position, read ahead by worker processes.
 
-    Of several `processes` that train together each reads its own: they take turns, so that each batch is read by one.
+    Of several `processes` that train together each reads its own: they take turns. After `last_epoch` nothing is read.
     """
 
     plan: Plan
@@ -326,6 +326,7 @@ class Batches:
     persistent_workers: bool
     rows: int = 0
     processes: Processes = ALONE
+    last_epoch: int | None = None
     _order: _EpochOrder = field(init=False)
     _loader: DataLoader[_Item | SidestepError] = field(init=False)
     _reader: Iterator[Batch | SidestepError] | None = field(init=False, default=None)
@@ -336,10 +337,7 @@ class Batches:
         self.close()
 
     def close(self) -> None:
-        """End the processes that read ahead; another epoch starts new ones.
-
-        An error on its way holds on to them, and at exit they would take Python's SIGTERM for a job manager's and stay.
-        """
+        """End the processes that read ahead, which an error on its way holds on to: at exit they would stay a while."""
         self._reader = self._begun = None
         self._loader = DataLoader(
             self.draws,
@@ -365,8 +363,9 @@ class Batches:
             batch = self._next()
             if isinstance(batch, SidestepError):
                 raise batch
-            if self.num_workers and place == count - 1:
+            if self.num_workers and place == count - 1 and epoch != self.last_epoch:
                 # The next epoch's first batches are read while the last of this one is trained on.
+                self._reader = None  # Its processes end, where they do not stay.
                 self._begun = epoch + 1, self._begin(epoch + 1, 0)
             yield batch
 

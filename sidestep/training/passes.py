@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from diffusers.models.transformers.ace_step_transformer import AceStepTransformer1DModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn import Parameter
 
@@ -47,6 +47,12 @@ class Model:
     def blocks(self) -> Sequence[Callable[..., Tensor]]:
         """The decoder's blocks as they train, before any compilation."""
         return self.fused.blocks if self.fused else blocks_of(self.decoder)
+
+    @property
+    def kinds(self) -> int:
+        """How many different blocks there are for a compiler: by their window, and by the ranks of their LoRA."""
+        blocks = blocks_of(self.decoder)
+        return len({(block.self_attn.sliding_window, *_shapes_in(block)) for block in blocks})
 
     def losses(self, task: Task, *, compiled: bool = False) -> Tensor:
         """Return the unweighted loss of each sample, [B] float32; the task is on the model's device."""
@@ -167,6 +173,10 @@ class CapturedPasses:
         sums = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         torch._foreach_add_(sums, gradients)  # pyright: ignore[reportPrivateImportUsage]
         return loss.detach()
+
+
+def _shapes_in(block: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
+    return [(name, tuple(tensor.shape)) for name, tensor in (*block.named_parameters(), *block.named_buffers())]
 
 
 def _shapes(task: Task) -> tuple[object, ...]:

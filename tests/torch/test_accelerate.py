@@ -31,9 +31,11 @@ def new_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerate.shutil, "which", lambda name: f"/usr/bin/{name}")
 
 
-def decide(asked: bool | None, device: torch.device, music: float, recomputed: float = 0) -> tuple[bool, list[str]]:
+def decide(
+    asked: bool | None, device: torch.device, music: float, recomputed: float = 0, kinds: int = 2
+) -> tuple[bool, list[str]]:
     events: list[Event] = []
-    wanted = wants_compile(asked, device, music_seconds=music, recomputed=recomputed, emit=events.append)
+    wanted = wants_compile(asked, device, music_seconds=music, recomputed=recomputed, kinds=kinds, emit=events.append)
     return wanted, [event.text for event in events if isinstance(event, Notice)]
 
 
@@ -42,6 +44,7 @@ def test_long_runs_are_compiled_and_short_ones_are_not_unless_it_was_said(new_gp
     assert decide(None, CUDA, enough + 1) == (True, [])
     assert decide(None, CUDA, enough - 1) == (False, [])
     assert decide(None, CUDA, enough / 2 + 1, recomputed=1.0) == (True, [])
+    assert decide(None, CUDA, enough * 11, kinds=24) == (False, [])
     assert decide(True, CUDA, 1) == (True, [])
     assert decide(False, CUDA, 10**6) == (False, [])
 
@@ -170,3 +173,24 @@ def test_with_auto_fit_settings_change_until_a_step_fits_and_each_change_is_said
     ]  # fmt: skip
     with pytest.raises(NoRoomError):
         fitting(replace(asked, auto_fit=False), base, songs, tmp_path / "other")
+
+
+def test_blocks_are_of_as_many_kinds_as_a_compiler_sees(tmp_path: Path, base: Checkpoint):
+    songs = write_songs(tmp_path / "songs", base, (30,))
+    run = prepare(tiny_config(), base, songs, tmp_path / "run")
+    assert run.stepper.model.kinds == 2  # With a window and without.
+    block = run.stepper.model.decoder.layers[0]
+    block.register_buffer("another", torch.zeros(3))
+    assert run.stepper.model.kinds == 3
+
+
+def test_nothing_is_read_for_an_epoch_that_will_not_be(tmp_path: Path, base: Checkpoint):
+    songs = write_songs(tmp_path / "songs", base, (30, 30))
+    run = prepare(tiny_config(epochs=2, num_workers=1), base, songs, tmp_path / "run")
+    begun: list[int] = []
+    for epoch in (0, 1):
+        for _ in run.batches.epoch(epoch):
+            pass
+        begun.append(run.batches._begun is not None)
+    run.batches.close()
+    assert begun == [True, False]

@@ -100,7 +100,7 @@ def test_what_is_chosen_by_itself_follows_from_the_device(
     device = named(kind)
     assert choose_dtype("auto", device) == dtype
     assert can_capture(device, dtype) is captures
-    assert wants_compile(None, device, music_seconds=1e6, recomputed=0, emit=lambda event: None) is compiles
+    assert wants_compile(None, device, music_seconds=1e6, recomputed=0, kinds=2, emit=lambda event: None) is compiles
     weight = {"w": Parameter(torch.ones(2, 2))}
     assert make_optimizer("adamw", weight, lr=1, weight_decay=0, device=device).defaults["fused"] is fused
     assert window_kernel_for(device, dtype) is kernel
@@ -114,7 +114,7 @@ def test_torch_built_for_rocm_is_known_though_it_calls_its_devices_cuda(named: P
 
 
 def test_on_xpu_blocks_are_compiled_when_that_is_asked_for(named: Play):
-    assert wants_compile(True, named("xpu"), music_seconds=1, recomputed=0, emit=lambda event: None)
+    assert wants_compile(True, named("xpu"), music_seconds=1, recomputed=0, kinds=2, emit=lambda event: None)
 
 
 @pytest.mark.parametrize(

@@ -147,21 +147,42 @@ def test_songs_are_read_while_another_is_encoded_and_no_more_than_fit() -> None:
     def reading(piece: Piece) -> str:
         with lock:
             read.append(piece.name)
-            if len(read) == 4:
+            if len(read) == 3:
                 all_read.set()
         return piece.name
 
     def encode(names: Sequence[str]) -> Sequence[str]:
         if names == ["0"]:
-            # The one that is encoded, and the three that the memory has room for.
+            # The memory has room for the one that is encoded and two more.
             assert all_read.wait(60)
             with lock:
-                assert len(read) == 4
+                assert len(read) == 3
         return names
 
     work: Work[Piece, str, str] = Work(read=reading, encode=encode, write=lambda piece, name: Written())
     done = run_stage("Reading", pieces, work, flow=Flow(threads=8, rows=0), emit=lambda event: None)
     assert done == pieces
+
+
+@pytest.mark.parametrize("lengths", [[240, 240, 240, 240, 240, 1200, 240], [200] * 6 + [1200] * 3, [300] * 9], ids=str)
+def test_no_more_music_is_in_memory_than_was_said_whatever_the_lengths(lengths: list[int]) -> None:
+    lock, held, most = threading.Lock(), [0.0], [0.0]
+
+    def reading(piece: Piece) -> Piece:
+        with lock:
+            held[0] += piece.seconds
+            most[0] = max(most[0], held[0])
+        return piece
+
+    def encode(pieces: Sequence[Piece]) -> Sequence[Piece]:
+        with lock:
+            held[0] -= sum(piece.seconds for piece in pieces)
+        return pieces
+
+    pieces = [Piece(str(number), seconds) for number, seconds in enumerate(lengths)]
+    work: Work[Piece, Piece, Piece] = Work(read=reading, encode=encode, write=lambda piece, made: Written())
+    run_stage("Reading", pieces, work, flow=Flow(threads=6, rows=0), emit=lambda event: None)
+    assert max(lengths) <= most[0] <= READ_AHEAD_SECONDS
 
 
 def test_songs_share_a_pass_as_far_as_their_padded_rows_allow() -> None:
