@@ -5,7 +5,10 @@
 #     --yes         ask nothing and do not start the wizard
 #     --torch NAME  the torch build: auto (what fits the GPU), index (the one your package index has, which `uv run`
 #                   installs), cpu, cu126, cu128, cu130, rocm6.4, xpu, ...
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
+: "${HOME:=$(cd ~ && pwd)}"
+export HOME
 
 python=.venv/bin/python
 uses_gpu='import sys, torch; sys.exit(not torch.cuda.is_available())'
@@ -26,7 +29,7 @@ main() {
   [ -n "$updated" ] || echo "Installing Side-Step. Nothing here needs root; run this again to update."
   if [ -z "$updated" ] && [ -d .venv ]; then
     update
-    exec ./install.sh --updated ${arguments[@]+"${arguments[@]}"}
+    exec bash ./install.sh --updated ${arguments[@]+"${arguments[@]}"}
   fi
   unset UV_TORCH_BACKEND  # Else `index` would not mean the index.
   find_uv

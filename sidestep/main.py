@@ -11,7 +11,7 @@ from sidestep.commands.processes import joined_processes
 from sidestep.config.flags import GlobalConfig, Typed, parse, parser
 from sidestep.config.processes import Processes
 from sidestep.config.settings import build, parse_values, settings_of
-from sidestep.errors import EXIT_BUG, ConfigError, ElsewhereError, SidestepError
+from sidestep.errors import EXIT_BUG, ElsewhereError, SidestepError
 from sidestep.ui.wording import tolerate_unprintable
 
 EXIT_USAGE = 2
@@ -25,8 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         tolerate_unprintable(stream)
     try:
-        with joined_processes() as processes:
-            return _dispatch(parse(words), processes)
+        typed = parse(words)
+        with joined_processes(typed.command or "The wizard", trains=typed.command in _TRAINING) as processes:
+            return _dispatch(typed, processes)
     except ElsewhereError as error:
         return error.exit_code
     except SidestepError as error:
@@ -62,11 +63,6 @@ def _dispatch(typed: Typed, processes: Processes) -> int:
     values = {name: value for name, value in typed.values.items() if name not in globals_}
     if typed.command in _TRAINING:
         return _train(typed.command, values, screen, processes)
-    if processes.count > 1:
-        raise ConfigError(
-            f"{typed.command or 'The wizard'} runs in one process, and a launcher started {processes.count}.",
-            hint=f"Start it without torchrun. Several processes are for: {', '.join(_TRAINING)}.",
-        )
     if typed.command is None:
         return _wizard(screen)
     return _COMMANDS[typed.command](typed.command, values, screen)

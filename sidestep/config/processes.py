@@ -90,7 +90,13 @@ def launched_place(environment: Mapping[str, str]) -> Place | None:
 
     ConfigError when the launcher's variables make no sense.
     """
-    if any(name not in environment for name in (*_NAMES, *_ADDRESS)):
+    missing = [name for name in (*_NAMES, *_ADDRESS) if name not in environment]
+    if missing and environment.get("WORLD_SIZE", "1") != "1" and "RANK" in environment:
+        raise ConfigError(
+            f"The environment says RANK and WORLD_SIZE {environment['WORLD_SIZE']}, but not {', '.join(missing)}.",
+            hint=_HINT,
+        )
+    if missing:
         return None
     try:
         place = Place(*(int(environment[name]) for name in _NAMES))

@@ -6,7 +6,9 @@ Neither changes what is computed. What cannot be had is said in one line, and tr
 import importlib.util
 import shutil
 import sys
+import sysconfig
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch.amp.grad_scaler import GradScaler
@@ -45,6 +47,8 @@ def why_not_compile(device: torch.device) -> str:
         return "Triton is not installed"
     if sys.platform != "win32" and not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
         return "Triton needs a C compiler (gcc)"
+    if sys.platform != "win32" and not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        return "Triton needs Python's headers (python3-dev)"
     return ""
 
 

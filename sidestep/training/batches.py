@@ -363,10 +363,11 @@ class Batches:
             batch = self._next()
             if isinstance(batch, SidestepError):
                 raise batch
-            if self.num_workers and place == count - 1 and epoch != self.last_epoch:
-                # The next epoch's first batches are read while the last of this one is trained on.
+            if self.num_workers and place == count - 1:
                 self._reader = None  # Its processes end, where they do not stay.
-                self._begun = epoch + 1, self._begin(epoch + 1, 0)
+                if epoch != self.last_epoch:
+                    # The next epoch's first batches are read while the last of this one is trained on.
+                    self._begun = epoch + 1, self._begin(epoch + 1, 0)
             yield batch
 
     def _begin(self, epoch: int, position: int) -> Iterator[Batch | SidestepError]:

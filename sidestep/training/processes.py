@@ -4,6 +4,7 @@ Everything they do in common begins with `meet`, on the CPU: whoever failed says
 about to do, so that nobody waits for it in vain; and no meeting waits for the GPU.
 """
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -32,7 +33,8 @@ def joined(place: Place) -> Iterator[Processes]:
     When some fail, the first of these raises its own error and all others raise ElsewhereError: it is told once.
     """
     try:
-        dist.init_process_group("gloo", timeout=JOINING)
+        with _ended_by_signals():
+            dist.init_process_group("gloo", timeout=JOINING)
     except dist.DistError as error:
         raise RunError(
             f"The {place.count} processes of this run did not find each other within {JOINING.seconds // 60} minutes.",
@@ -55,6 +57,17 @@ def joined(place: Place) -> Iterator[Processes]:
             raise ElsewhereError from error
         raise
     dist.destroy_process_group()
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Have Ctrl-C and SIGTERM end the process at once: Python's handlers wait for torch, which waits for the others."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

@@ -59,7 +59,13 @@ def carry_out(
 
 def resume_command(run: Run) -> str:
     """Return what to type to go on with this run."""
-    return shell_line([*start_words(), run.recipe.name, "--resume-from", run.output_dir])
+    words = [*start_words(), run.recipe.name, "--resume-from", run.output_dir]
+    if run.processes.count == 1:
+        return shell_line(words)
+    # The launcher knows of the others; on one machine it is this.
+    return shell_line(
+        ["uv", "run", "torchrun", "--standalone", "--nproc-per-node", run.processes.count, "train.py", *words[-3:]]
+    )
 
 
 def _started(run: Run) -> RunStarted:

@@ -208,7 +208,7 @@ def test_the_objective_is_the_one_that_was_typed(tmp_path: Path, base: Checkpoin
 def test_songs_are_read_as_it_was_typed_and_are_the_same(tmp_path: Path, base: Checkpoint):
     songs = write_songs(tmp_path / "songs", base, (20, 20, 30))
     here = prepare(tiny_config(), base, songs, tmp_path / "here").batches
-    config = tiny_config(num_workers=2, prefetch_factor=3, persistent_workers=False)
+    config = tiny_config(num_workers=2, prefetch_factor=3, persistent_workers=False, epochs=1)
     for persistent in (False, True):
         there = prepare(replace(config, persistent_workers=persistent), base, songs, tmp_path / "there").batches
         loader = there._loader
@@ -235,7 +235,14 @@ def test_batches_are_pinned_for_a_gpu_alone_and_where_that_is_wanted(
     run = prepare(config, base, songs, tmp_path / "run")
     assert not run.batches.pin_memory  # There is nothing to copy to.
     cuda = assemble._batches(
-        config, run.batches.plan, run.law, run.recipe, device=torch.device("cuda"), dtype=torch.float32
+        config,
+        run.batches.plan,
+        run.law,
+        run.recipe,
+        run.pace,
+        device=torch.device("cuda"),
+        dtype=torch.float32,
+        processes=run.processes,
     )
     assert cuda.pin_memory == cuda._loader.pin_memory == asked
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from sidestep.config.processes import Place, Processes, launched_place
+from sidestep.config.processes import Place, launched_place
 from sidestep.config.runs import checkpoints_in
 from sidestep.errors import ConfigError
 from sidestep.main import main
@@ -193,6 +193,8 @@ def test_a_launcher_is_known_by_its_environment():
     assert launched_place({}) is None
     assert launched_place({**launched, "RANK": "0", "WORLD_SIZE": "1"}) is None
     assert launched_place({"WORLD_SIZE": "4"}) is None  # Some clusters set it in every shell.
+    with pytest.raises(ConfigError, match="LOCAL_RANK"):  # Or each of them would train a whole run by itself.
+        launched_place({name: value for name, value in launched.items() if name != "LOCAL_RANK"})
     for wrong in ({"RANK": "x"}, {"RANK": "4"}):
         with pytest.raises(ConfigError) as caught:
             launched_place({**launched, **wrong})
@@ -200,9 +202,9 @@ def test_a_launcher_is_known_by_its_environment():
 
 
 def test_only_training_takes_several_processes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    from contextlib import nullcontext
-
-    monkeypatch.setattr("sidestep.main.joined_processes", lambda: nullcontext(Processes(0, 0, 2)))
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
     for words in ([], ["estimate", "--dataset-dir", "x"], ["demo"]):
         assert main(words) == 2
         error = capsys.readouterr().err

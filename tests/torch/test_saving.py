@@ -89,14 +89,14 @@ def test_whatever_else_stops_the_writing_passes_and_leaves_nothing_behind(tmp_pa
 def test_what_was_there_stays_when_it_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     target = tmp_path / "target"
     write_folder(target, lambda folder: (folder / "old.txt").write_text("old") and None)
-    rename = Path.rename
+    replace = Path.replace
 
     def fail(path: Path, to: Path) -> Path:
         if path.name.endswith(".writing"):
             raise PermissionError(13, "Permission denied")
-        return rename(path, to)
+        return replace(path, to)
 
-    monkeypatch.setattr(Path, "rename", fail)
+    monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(RunError, match="Permission denied"):
         write_folder(target, fill_with_text)
     assert files_of(tmp_path) == {"target/old.txt": b"old"}
