@@ -1,15 +1,18 @@
 """EVA (Paischer et al. 2024, arXiv 2410.07170) by PEFT: directions of layer inputs, ranks by explained variance."""
 
-from collections.abc import Callable, Mapping
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from io import StringIO
+from unittest.mock import patch
 
 from peft import EvaConfig, LoraConfig, get_eva_state_dict
+from peft.utils.incremental_pca import IncrementalPCA
 from torch import Tensor, nn
 
 from sidestep.errors import RunError
 from sidestep.estimate.question import Question
 from sidestep.events import Notice
+from sidestep.model.device import full_precision
 from sidestep.model.names import to_diffusers, to_original
 from sidestep.training.objective import Task
 
@@ -37,7 +40,7 @@ def eva_components(question: Question) -> dict[str, Tensor]:
         eva_config=EvaConfig(rho=most / rank, tau=SETTLED),
     )
     heard = StringIO()
-    with redirect_stdout(heard):
+    with redirect_stdout(heard), _full_precision():
         state = get_eva_state_dict(
             model.decoder,
             asked,
@@ -50,6 +53,19 @@ def eva_components(question: Question) -> dict[str, Tensor]:
     for line in sorted(set(heard.getvalue().splitlines())):
         question.emit(Notice(text=line, level="warning"))
     return _by_layer(state, question.layers)
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Let PEFT decompose in float32: it does so amid a pass, under its autocast, and CUDA cannot in bfloat16."""
+    fit = IncrementalPCA.partial_fit
+
+    def exact(pca: IncrementalPCA, inputs: Tensor) -> IncrementalPCA:
+        with full_precision(inputs.device):
+            return fit(pca, inputs)
+
+    with patch.object(IncrementalPCA, "partial_fit", exact):
+        yield
 
 
 def _by_layer(state: Mapping[str, Tensor], layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -101,6 +101,21 @@ def test_the_other_methods_write_the_same_kind_of_map(method: str, songs: Path, 
     assert run(config(songs, method=method, rank_max=8), base)[0] == rank_map
 
 
+def test_eva_decomposes_precisely_although_the_model_computes_in_bfloat16(
+    songs: Path, base: Checkpoint, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[bool] = []
+
+    def watched(matrix: torch.Tensor, **named: Any) -> Any:
+        seen.append(matrix.dtype != torch.bfloat16 and not torch.is_autocast_enabled("cpu"))
+        return decompose(matrix, **named)
+
+    decompose = torch.svd_lowrank
+    monkeypatch.setattr(torch, "svd_lowrank", watched)
+    run(config(songs, method="eva", precision="bf16", rank_max=8), base)
+    assert seen and all(seen)  # CUDA has no decomposition in bfloat16, which autocast would ask for.
+
+
 def test_the_focus_chooses_the_timesteps(songs: Path, base: Checkpoint, monkeypatch: pytest.MonkeyPatch):
     seen: list[float] = []
     from sidestep.estimate import question
