@@ -36,9 +36,10 @@ def joined(place: Place) -> Iterator[Processes]:
         with _ended_by_signals():
             dist.init_process_group("gloo", timeout=JOINING)
     except dist.DistError as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
         raise RunError(
-            f"The {place.count} processes of this run did not find each other within {JOINING.seconds // 60} minutes.",
-            hint="Were all machines started, with the same address and port, and can they reach each other?",
+            f"The {place.count} processes of this run did not find each other: {reason}.",
+            hint="Were all machines started, with the same address and a free port, and can they reach each other?",
         ) from error
     processes = JoinedProcesses(place.rank, place.local_rank, place.count, meetings=new_group("gloo", PATIENCE))
     try:
@@ -56,7 +57,9 @@ def joined(place: Place) -> Iterator[Processes]:
             processes.stay_behind()
             raise ElsewhereError from error
         raise
-    dist.destroy_process_group()
+    finally:
+        # Its threads would otherwise be found running when Python ends, and abort the process.
+        dist.destroy_process_group()
 
 
 @contextmanager
