@@ -1,7 +1,7 @@
 """What each kind of device can do: one table, which every decision that hangs on the device reads."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -39,40 +39,27 @@ class Capabilities:
     """How several processes add up numbers that lie on their devices."""
 
 
+_CUDA = Capabilities(
+    name="CUDA",
+    precision="bf16",
+    precisions=_EVERY_PRECISION,
+    captures=True,
+    compiles="itself",
+    has_flash_window=True,
+    fused_adamw=True,
+    adamw8bit=True,
+    nf4=True,
+    pins_memory=True,
+    has_float64=True,
+    measures_peak=True,
+    widens_float16=False,
+    exchanges="nccl",
+)
+
 CAPABILITIES = {
-    "cuda": Capabilities(
-        name="CUDA",
-        precision="bf16",
-        precisions=_EVERY_PRECISION,
-        captures=True,
-        compiles="itself",
-        has_flash_window=True,
-        fused_adamw=True,
-        adamw8bit=True,
-        nf4=True,
-        pins_memory=True,
-        has_float64=True,
-        measures_peak=True,
-        widens_float16=False,
-        exchanges="nccl",
-    ),
+    "cuda": _CUDA,
     # torch built for HIP calls its devices cuda; its FlashAttention is another one and knows no window.
-    "rocm": Capabilities(
-        name="ROCm",
-        precision="bf16",
-        precisions=_EVERY_PRECISION,
-        captures=True,
-        compiles="itself",
-        has_flash_window=False,
-        fused_adamw=True,
-        adamw8bit=True,
-        nf4=True,
-        pins_memory=True,
-        has_float64=True,
-        measures_peak=True,
-        widens_float16=False,
-        exchanges="nccl",
-    ),
+    "rocm": replace(_CUDA, name="ROCm", has_flash_window=False),
     # torch 2.11 needs macOS 14, with which bf16 came. Its DataLoader refuses to pin memory for MPS, and its compiler is
     # a prototype there. Its fused AdamW is left alone: whether that heeds float16's loss scaling has not been seen.
     # bitsandbytes has no 8-bit update for MPS, and is not installed on macOS.
