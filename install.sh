@@ -5,6 +5,7 @@
 #     --yes         ask nothing and do not start the wizard
 #     --torch NAME  the torch build: auto (what fits the GPU), index (the one your package index has, which `uv run`
 #                   installs), cpu, cu126, cu128, cu130, rocm6.4, xpu, ...
+
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 : "${HOME:=$(cd ~ && pwd)}"
@@ -19,8 +20,11 @@ main() {
     case $1 in
       --yes | -y) yes=1 ;;
       --updated) updated=1 ;;
-      --torch) torch=${2:?--torch needs a name}; shift ;;
-      *) fail "The installer takes only --yes and --torch NAME." "Type ./install.sh, and nothing else." ;;
+      --torch)
+        [ $# -gt 1 ] || fail "--torch needs a name." "For instance: ./install.sh --torch cu126"
+        torch=$2; shift ;;
+      --help | -h) sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; exit ;;
+      *) fail "The installer takes only --yes and --torch NAME." "Type ./install.sh --help, or nothing but ./install.sh." ;;
     esac
     shift
   done
