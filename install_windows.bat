@@ -140,13 +140,13 @@ echo   If there is one from NVIDIA, install its driver, then run this again.
 rem A torch that is there is replaced, and fetched anew, only where one was asked for or it does not use the GPU.
 set "USES_GPU=import sys, torch; sys.exit(not torch.cuda.is_available())"
 set "AGAIN=--reinstall-package torch --reinstall-package torchaudio"
+if not defined TORCH if defined UV_TORCH_BACKEND set "TORCH=%UV_TORCH_BACKEND%"
 if defined TORCH goto choose_torch
 if not defined GPU set "AGAIN="
 if not defined GPU goto choose_torch
 "%PYTHON%" -c "%USES_GPU%" >nul 2>nul
 if %errorlevel% equ 0 set "AGAIN="
 :choose_torch
-if not defined TORCH if defined UV_TORCH_BACKEND set "TORCH=%UV_TORCH_BACKEND%"
 if not defined TORCH set "TORCH=auto"
 echo Installing torch (%TORCH%) and the rest: some gigabytes the first time.
 set "WHY=Side-Step's list of packages could not be read, for the reason above."
