@@ -18,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -52,6 +53,15 @@ class Started:
     read_calls_gb: float
     from_disk_gb: float
     code: int
+
+
+@contextmanager
+def stage(what: str) -> Iterator[None]:
+    """Say what is done, and on a line of its own how long it took: a slow disk is seen as one."""
+    print(f"{what} ...", file=sys.stderr, flush=True)
+    began = time.perf_counter()
+    yield
+    print(f"  {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
 
 
 def write_songs(folder: Path, *, count: int, seconds: float, width: int) -> None:
@@ -190,18 +200,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         checkpoints, tensors = folder / "checkpoints", folder / "tensors"
-        write_checkpoint(checkpoints, arguments.size)
+        with stage("writing a checkpoint"):
+            write_checkpoint(checkpoints, arguments.size)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        write_songs(tensors, count=arguments.songs, seconds=arguments.song_seconds, width=width)
+        with stage("writing songs"):
+            write_songs(tensors, count=arguments.songs, seconds=arguments.song_seconds, width=width)
         decoder = sum(tensor.size for tensor in decoder_tensors(find_checkpoint(checkpoints, "base")).values())
         results = []
         for cache, prepare in (("cold", forget), ("warm", remember)):
-            prepare(checkpoints)
+            with stage(f"a {cache} page cache"):
+                prepare(checkpoints)
             words = [sys.executable, "train.py", "--plain", "fixed", "-c", checkpoints, "-M", "base", "-d", tensors]
             words += ["-o", folder / cache, "--no-compile", "--max-steps", "2", "--log-every", "1"]
             command = [str(word) for word in [*words, *arguments.arguments.split()]]
-            results.append(start(command, folder / cache, cache=cache, settings=folder / "settings"))
+            with stage(f"starting with a {cache} page cache"):
+                results.append(start(command, folder / cache, cache=cache, settings=folder / "settings"))
+            print(results[-1], flush=True)
             shutil.rmtree(folder / cache)
         content = {
             "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",

@@ -14,6 +14,7 @@ import tempfile
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import repository  # noqa: F401
 import torch
@@ -80,6 +81,15 @@ def reference_seconds(size: str, lengths: list[float], passes: int) -> float:
     return (time.perf_counter() - start) / passes
 
 
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """Return the beginning of a run, its readings, and its end."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    kept = [line for line in lines if line["event"] in {"run_started", "metrics", "run_done"}]
+    if not kept or kept[-1]["event"] != "run_done":
+        raise SystemExit("The run did not come to its end: no figures.")
+    return kept
+
+
 def main() -> None:
     """Write the data, run both, print the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -105,14 +115,17 @@ def main() -> None:
         start, started = time.perf_counter(), datetime.now(UTC)
         code = sidestep([str(word) for word in [*words, *options.arguments.split()]])
         ours = time.perf_counter() - start
-        first = json.loads((folder / "out" / "metrics.jsonl").read_text().splitlines()[0])
-        ready = (datetime.fromisoformat(first["time"]) - started).total_seconds()
-        print(f"ready for the first step after {ready:.1f} s (loaded, measured at the longest sample)", flush=True)
         peak = torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else float("nan")
-        print(f"exit code {code}: {ours:.0f} s for {SONGS * options.epochs} passes, peak {peak:.2f} GiB", flush=True)
+        began, *readings, done = read_events(folder / "out" / "metrics.jsonl")
+        ready = (datetime.fromisoformat(began["time"]) - started).total_seconds()
+        print(f"ready for the first step after {ready:.1f} s (loaded, measured at the longest sample)")
+        # By what was done: a run that was stopped has made fewer than were asked for.
+        passes = done["step"] * SONGS // began["steps_per_epoch"]
+        losses = f"loss {readings[0]['loss']:.2f} to {readings[-1]['loss']:.2f}" if readings else "no loss was read"
+        print(f"exit code {code}: {ours:.0f} s for {passes} passes, {losses}, peak {peak:.2f} GiB", flush=True)
         if options.reference_passes:
             a_pass = reference_seconds(options.size, lengths, options.reference_passes)
-            theirs = a_pass * SONGS * options.epochs
+            theirs = a_pass * passes
             print(f"reference loop: {a_pass:.3f} s a pass, {theirs:.0f} s in all; ours is {theirs / ours:.1f} x faster")
 
 
