@@ -11,12 +11,13 @@ from pathlib import Path
 from sidestep.commands import build_dataset, train
 from sidestep.config.flags import GlobalConfig, parse
 from sidestep.config.settings import build, parse_values
-from sidestep.config.shell import shell_line, start_words
+from sidestep.config.shell import program_words, shell_line, start_words
 from sidestep.config.tasks import BuildDatasetConfig, DemoConfig
 from sidestep.data.dataset_file import DATASET_FILE, read_dataset
 from sidestep.files import cannot_write
 from sidestep.model.checkpoint import find_checkpoint
 from sidestep.ui.console import Console, open_console
+from sidestep.ui.download import fetches_for
 from sidestep.ui.problems import LOG_NAME, open_log, quiet_libraries
 from sidestep.ui.sinks import open_screen
 from sidestep.ui.wording import duration
@@ -142,7 +143,7 @@ def commands(place: Place) -> Sequence[Step]:
             words=("fixed", *toy, "--dataset-dir", tensors, "--output-dir", output, *_settings_for_a_toy()),
             after=lambda: (
                 f"The loss, {_loss_after(place, 1)} in the first epoch, was {_loss_after(place, EPOCHS)} in "
-                f"the last. Its curves:\n  uv run tensorboard --logdir {curves}"
+                f"the last. Its curves:\n  {shell_line([*program_words('tensorboard'), '--logdir', curves])}"
             ),
             real=("fixed", *real, "--dataset-dir", "./my_tensors", "--output-dir", "./output/my_lora"),
         ),
@@ -219,8 +220,8 @@ def _make_toys(console: Console, place: Place) -> None:
     console.table("", rows)
     console.print()
     console.print("For the real model and your own music, download the one and bring the other:", style="dim")
-    for folder in ("Ace-Step1.5 --local-dir checkpoints", "acestep-v15-base --local-dir checkpoints/acestep-v15-base"):
-        console.print(f"  hf download ACE-Step/{folder}", style="dim", wrap=False)
+    for fetch in fetches_for(Path("checkpoints"), ("base",)):
+        console.print(f"  {fetch.command}", style="dim", wrap=False)
 
 
 def _carry_out(console: Console, number: int, step: Step, screen: GlobalConfig) -> int:

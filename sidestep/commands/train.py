@@ -22,7 +22,7 @@ from sidestep.config.recipe import RECIPE_PINS
 from sidestep.config.resolve import resolve_training
 from sidestep.config.runs import RUN_CONFIG, check_adapter_folders, checkpoints_in, run_of, set_aside_newer
 from sidestep.config.settings import build, parse_values, settings_of
-from sidestep.config.shell import shell_line
+from sidestep.config.shell import program_words, shell_line
 from sidestep.config.train import TrainConfig
 from sidestep.data.audio import AUDIO_SUFFIXES
 from sidestep.data.dataset_file import load_dataset
@@ -66,10 +66,13 @@ def run(
     if layers.save_preset and processes.is_first:
         path = save_preset(layers.save_preset, config, without=RECIPE_PINS[command])
         console.print(f"Saved as preset: {path}")
+    # Before anything is done in common: all of them have to do it.
+    processes.must_agree("arguments", repr((command, config.preprocess, config.output_dir is None)))
     if config.shard_base and processes.count == 1:
         raise ConfigError(
             "--shard-base spreads the model over several processes, and there is one.",
-            hint="Start them: uv run torchrun --nproc-per-node 2 train.py ...; or leave it out (--no-shard-base).",
+            hint=f"Start them: {shell_line(program_words('torchrun'))} --nproc-per-node 2 train.py ...; "
+            "or leave it out (--no-shard-base).",
         )
     checkpoint = _checkpoint(config)
     if remembers and config.checkpoint_dir is not None and processes.is_first:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import platformdirs
 
+from sidestep.config.shell import download_line
 from sidestep.errors import ConfigError
 from sidestep.files import write_whole
 
@@ -73,6 +74,6 @@ def default_checkpoint_dir() -> Path:
     raise ConfigError(
         "Where are the ACE-Step checkpoints? There is no ./checkpoints folder and none was used before.",
         hint=f"Name the folder with --checkpoint-dir, or in {CHECKPOINT_VARIABLE}. To get the models:\n"
-        f"  hf download {MAIN_REPOSITORY} --local-dir checkpoints\n"
-        f"  hf download {MODEL_REPOSITORY}base --local-dir checkpoints/acestep-v15-base",
+        f"  {download_line(MAIN_REPOSITORY, Path('checkpoints'))}\n"
+        f"  {download_line(MODEL_REPOSITORY + 'base', Path('checkpoints/acestep-v15-base'))}",
     )

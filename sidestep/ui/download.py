@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sidestep.config.places import MAIN_REPOSITORY, MODEL_REPOSITORY
-from sidestep.config.shell import shell_line
+from sidestep.config.shell import download_line
 from sidestep.errors import RunError
 
 LANGUAGE_MODELS = ("acestep-5Hz-lm-*",)  # Plans songs at inference; nothing here reads it.
@@ -25,8 +25,7 @@ class Fetch:
     @property
     def command(self) -> str:
         """The command that fetches the same."""
-        words = ["hf", "download", self.repository, "--local-dir", str(self.folder)]
-        return shell_line([*words, *(word for pattern in self.without for word in ("--exclude", f"{pattern}/*"))])
+        return download_line(self.repository, self.folder, without=self.without)
 
 
 class Hub(Protocol):
