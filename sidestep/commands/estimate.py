@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from sidestep.commands.libraries import load_libraries
 from sidestep.commands.train import check_tensors, writable_folder
 from sidestep.config.flags import GlobalConfig
 from sidestep.config.places import default_checkpoint_dir, product_version
@@ -39,6 +40,7 @@ def run(values: Mapping[str, Any], *, screen: GlobalConfig) -> int:
     open_log(writable_folder(output.parent) / LOG_NAME)
     with ExitStack() as stack:
         emit = combine(stack.enter_context(open_screen(console)), write_log)
+        load_libraries()
         from sidestep.estimate.run import estimate
         from sidestep.training.directions import write_directions
 

@@ -2,6 +2,7 @@
 
 import time
 
+from sidestep.commands.libraries import load_libraries
 from sidestep.commands.models import chosen_checkpoint
 from sidestep.config.adapter_tasks import ExportConfig
 from sidestep.config.settings import idle_settings
@@ -32,6 +33,7 @@ def run(config: ExportConfig, *, console: Console) -> int:
     if trained_on and trained_on != decoder_fingerprint(checkpoint):
         console.warning(f"This adapter was not trained on the weights of {checkpoint.variant} in {checkpoint.root}.")
     console.print(f"Exporting {file} ({checkpoint.variant}) for {config.to} and reading it back ...")
+    load_libraries()
     from sidestep.exports.run import Exported, export
 
     started = time.monotonic()

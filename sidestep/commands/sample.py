@@ -3,6 +3,7 @@
 import time
 from dataclasses import replace
 
+from sidestep.commands.libraries import load_libraries
 from sidestep.commands.models import chosen_checkpoint
 from sidestep.config.adapter_tasks import SampleConfig
 from sidestep.errors import ConfigError
@@ -23,6 +24,7 @@ def run(config: SampleConfig, *, console: Console) -> int:
         raise ConfigError("--guidance has no effect on turbo: its guidance is part of its weights.")
     quiet_libraries()
     console.print(f"Loading {checkpoint.variant} ...")
+    load_libraries()
     from sidestep.listen.render import usual_sampling
     from sidestep.listen.studio import Studio
     from sidestep.model.device import choose_device, choose_dtype

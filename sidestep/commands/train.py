@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sidestep.commands.interrupts import Interrupts
+from sidestep.commands.libraries import load_libraries
 from sidestep.commands.torch_build import warn_of_idle_gpu
 from sidestep.config.flags import GlobalConfig, LayersConfig
 from sidestep.config.places import default_checkpoint_dir, product_version, remember
@@ -124,6 +125,7 @@ def _preprocess(config: TrainConfig, checkpoint: Checkpoint, console: Console) -
     with open_screen(console) as show:
         emit = combine(show, write_log, count)
         dataset = load_dataset(audio_dir, config.dataset_json, emit=emit)
+        load_libraries()
         from sidestep.model.device import choose_device, choose_dtype
         from sidestep.preprocess.run import preprocess
 
@@ -167,6 +169,7 @@ def _train(
             warn_of_idle_gpu(config.device, console)
         show = stack.enter_context(open_screen(console))
         read_ahead(decoder_tensors(checkpoint).values())  # While torch is loaded, which takes seconds.
+        load_libraries()
         from sidestep.listen.samples import TrainingSamples, prepare_wordings
         from sidestep.model.device import choose_device
         from sidestep.training.accelerate import check_device

@@ -1,0 +1,39 @@
+"""Loads the large libraries without one that they would load and nothing here uses: seconds of every start."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+
+LIBRARIES = ("diffusers.utils", "peft.helpers", "peft.tuners.lora.model", "lycoris.modules")
+# PEFT and LyCORIS load it, and with it all of torch's compiler, for layers of theirs that are not used here: see
+# model/quantize.py.
+UNUSED = "bitsandbytes"
+
+
+def load_libraries() -> None:
+    """Import torch, transformers, diffusers, PEFT and LyCORIS, but not bitsandbytes with them.
+
+    Call it before anything else imports them; later it does nothing. bitsandbytes can be imported afterwards as ever.
+    """
+    with _hidden(UNUSED):
+        for name in LIBRARIES:
+            import_module(name)
+        from peft import import_utils
+
+        # Asked for again when an adapter is made; PEFT remembers the answer.
+        import_utils.is_bnb_available()
+        import_utils.is_bnb_4bit_available()
+
+
+@contextmanager
+def _hidden(package: str) -> Iterator[None]:
+    """Let a package that is not loaded yet be missing for a while, as Python knows it: None in place of a module."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # pyright: ignore[reportArgumentType]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
