@@ -1,37 +1,42 @@
-"""EVA (Paischer et al. 2024, arXiv 2410.07170) by PEFT: directions of layer inputs, ranks by explained variance."""
+"""EVA (Paischer et al. 2024, arXiv 2410.07170) by PEFT: directions of layer inputs, ranks by explained variance.
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+The model runs once over the draws and leaves a sample of each layer's inputs; PEFT then works on these alone, as often
+as it wants. Inside the model's passes its decompositions would take most of a minute each time.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, redirect_stdout
+from dataclasses import dataclass, field
 from io import StringIO
-from unittest.mock import patch
 
+import torch
 from peft import EvaConfig, LoraConfig, get_eva_state_dict
-from peft.utils.incremental_pca import IncrementalPCA
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from sidestep.errors import RunError
 from sidestep.estimate.question import Question
 from sidestep.events import Notice
-from sidestep.model.device import full_precision
 from sidestep.model.names import to_diffusers, to_original
-from sidestep.training.objective import Task
 
-ROWS_PER_DIRECTION = 4  # Inputs of a pass that are looked at, for each direction wanted: more cost time, few add any.
+ROWS_PER_DIRECTION = 8  # Inputs that are kept of a layer, for each direction wanted.
+ROWS_TO_COMPARE = 8  # PEFT looks at all numbers, one by one, to find layers of the same input; so many rows are enough.
 MOST_ROUNDS = 20
 RHO = 2  # The largest rank as a multiple of the uniform one; PEFT's own default.
-SETTLED = 0.99  # Cosine between a direction and itself one pass earlier; PEFT's own default.
+SETTLED = 0.99  # Cosine between a direction and itself one round earlier; PEFT's own default.
 
 
 def eva_components(question: Question) -> dict[str, Tensor]:
     """Return the principal directions [rank, inputs] of each layer's input, as many as EVA's ranks give it.
 
     Its ranks sum to the uniform rank times the layers; they are at most twice it and at most `rank_max`. RunError when
-    the directions do not settle within 20 rounds over the draws.
+    the directions do not settle within 20 rounds.
     """
-    config, model = question.config, question.model
-    asked = [task.to(model.device) for _, task in question.tasks([*question.first, *question.second])]
-    width = min(min(*shape) for shape in question.shapes.values())
-    most = min(RHO * config.rank, config.rank_max, width, *(task.latents_BTC.shape[1] // 2 for task in asked))
+    config = question.config
+    narrowest = min(min(outputs, inputs // 2) for outputs, inputs in question.shapes.values())
+    most = min(RHO * config.rank, config.rank_max, narrowest)
+    rows = _sampled_inputs(question, most * ROWS_PER_DIRECTION)
+    most = min(most, *(len(each) // 2 for each in rows.values()))  # A decomposition sees twice as many, to be exact.
     rank = min(config.rank, most)
     lora = LoraConfig(
         r=rank,
@@ -40,14 +45,14 @@ def eva_components(question: Question) -> dict[str, Tensor]:
         eva_config=EvaConfig(rho=most / rank, tau=SETTLED),
     )
     heard = StringIO()
-    with redirect_stdout(heard), _full_precision():
+    with redirect_stdout(heard):
         state = get_eva_state_dict(
-            model.decoder,
-            asked,
+            question.model.decoder,
+            [torch.zeros(())],  # What the layers see comes from `rows`.
             peft_config=lora,
-            forward_fn=_counted(question, len(asked)),
+            forward_fn=_shown(question, rows),
             prepare_model_inputs_fn=None,
-            prepare_layer_inputs_fn=_thinned(most * ROWS_PER_DIRECTION),
+            prepare_layer_inputs_fn=None,
             show_progress_bar=False,
         )
     for line in sorted(set(heard.getvalue().splitlines())):
@@ -55,46 +60,61 @@ def eva_components(question: Question) -> dict[str, Tensor]:
     return _by_layer(state, question.layers)
 
 
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Let PEFT decompose in float32: it does so amid a pass, under its autocast, and CUDA cannot in bfloat16."""
-    fit = IncrementalPCA.partial_fit
-
-    def exact(pca: IncrementalPCA, inputs: Tensor) -> IncrementalPCA:
-        with full_precision(inputs.device):
-            return fit(pca, inputs)
-
-    with patch.object(IncrementalPCA, "partial_fit", exact):
-        yield
-
-
 def _by_layer(state: Mapping[str, Tensor], layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     found = {to_original(name): components for name, components in state.items()}
     return {name: found[name] for name in layers}
 
 
-def _counted(question: Question, batches: int) -> Callable[[nn.Module, Task], None]:
-    """Return a forward pass that gives up after so many rounds; PEFT by itself goes on until all is settled."""
-    passes = iter(range(MOST_ROUNDS * batches))
+@dataclass(slots=True)
+class _Sample:
+    """Keeps some rows [inputs] of what layers are given in a pass, in main memory; a shared input is kept once."""
 
-    def forward(decoder: nn.Module, task: Task) -> None:
-        if next(passes, None) is None:
+    each: int
+    dtype: torch.dtype
+    rows: dict[str, list[Tensor]] = field(default_factory=dict)
+    kept: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+
+    def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        """Return what a layer calls before it computes."""
+
+        def take(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            inputs = arguments[0]
+            if inputs not in self.kept:
+                flat = inputs.detach().flatten(0, -2)
+                spread = torch.linspace(0, len(flat) - 1, min(self.each, len(flat)), device=flat.device)
+                self.kept[inputs] = flat[spread.long()].to(dtype=self.dtype, device="cpu")
+            self.rows.setdefault(name, []).append(self.kept[inputs])
+
+        return take
+
+
+def _sampled_inputs(question: Question, count: int) -> dict[str, Tensor]:
+    """Run the model over all draws; returns [N, inputs] of each layer, N at least `count` where there are so many."""
+    draws = [*question.first, *question.second]
+    sample = _Sample(-(-count // len(draws)), question.model.dtype)
+    with ExitStack() as stack, torch.no_grad():
+        for name, layer in question.layers.items():
+            handle = layer.register_forward_pre_hook(sample.hook(name))
+            stack.callback(handle.remove)
+        for songs, task in question.tasks(draws):
+            question.losses(task.to(question.model.device))
+            question.report(songs)
+    return {name: torch.cat(rows) for name, rows in sample.rows.items()}
+
+
+def _shown(question: Question, rows: Mapping[str, Tensor]) -> Callable[[nn.Module, Tensor], None]:
+    """Return what shows every layer its rows, and gives up after so many rounds; PEFT goes on until all is settled."""
+    rounds = iter(range(MOST_ROUNDS + 1))
+
+    def forward(decoder: nn.Module, nothing: Tensor) -> None:
+        number = next(rounds, None)
+        if number is None:
             raise RunError(
-                f"EVA's directions did not settle in {MOST_ROUNDS} rounds over the draws.",
-                hint="Give it more of them with --estimate-batches, or a smaller --rank-max.",
+                f"EVA's directions did not settle in {MOST_ROUNDS} rounds.",
+                hint="Give it more inputs to look at with --estimate-batches, or a smaller --rank-max.",
             )
-        question.losses(task)
+        for name, layer in question.layers.items():
+            shown = rows[name][:ROWS_TO_COMPARE] if number == 0 else rows[name]
+            layer(shown.to(question.model.device))
 
     return forward
-
-
-def _thinned(rows: int) -> Callable[[object, object, str], Tensor]:
-    """Return what takes at most so many inputs of a layer, evenly spread."""
-
-    def inputs(layer_input: object, model_input: object, name: str) -> Tensor:
-        tensor = layer_input[0] if isinstance(layer_input, tuple) else layer_input
-        assert isinstance(tensor, Tensor)
-        flat = tensor.reshape(-1, tensor.shape[-1])
-        return flat[:: max(1, -(-len(flat) // rows))].contiguous()
-
-    return inputs

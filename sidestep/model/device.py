@@ -125,11 +125,6 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
-def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Compute in the tensors' own dtypes inside this context, also where `autocast` surrounds it."""
-    return torch.autocast(device.type, enabled=False)
-
-
 def memory_gib(device: torch.device) -> float | None:
     """Give the most memory tensors took since `reset_memory_peak`, in GiB (MPS: what they take now; CPU: None)."""
     if capabilities(device).measures_peak:

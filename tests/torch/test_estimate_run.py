@@ -12,13 +12,16 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model,
 from sidestep.config.rank_map import RankMap, read_rank_map, write_rank_map
 from sidestep.config.runs import CHECKPOINTS, LORA_CONFIG
 from sidestep.config.tasks import EstimateConfig
-from sidestep.errors import DataError, ModelError
+from sidestep.errors import DataError, ModelError, RunError
+from sidestep.estimate import eva
+from sidestep.estimate.question import Question
 from sidestep.estimate.run import estimate
 from sidestep.estimate.verify import verify
-from sidestep.events import Event, Notice
+from sidestep.events import Event, Notice, TrackDone
 from sidestep.model.checkpoint import Checkpoint
 from sidestep.model.loading import load_decoder
 from sidestep.training.directions import read_directions, write_directions
+from sidestep.training.objective import Task
 from tests.torch.tiny import RUN_NAME, adapter_tensors, assert_identical, prepare, tiny_config, train, write_songs
 
 FRAMES = (40, 52, 40, 48, 40, 44)
@@ -101,19 +104,33 @@ def test_the_other_methods_write_the_same_kind_of_map(method: str, songs: Path, 
     assert run(config(songs, method=method, rank_max=8), base)[0] == rank_map
 
 
-def test_eva_decomposes_precisely_although_the_model_computes_in_bfloat16(
+def test_eva_runs_the_model_once_a_draw_and_decomposes_outside_of_its_passes(
     songs: Path, base: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ):
-    seen: list[bool] = []
+    passes: list[int] = []
+    precise: list[bool] = []
+
+    def counted(question: Question, task: Task) -> torch.Tensor:
+        passes.append(1)
+        return losses(question, task)
 
     def watched(matrix: torch.Tensor, **named: Any) -> Any:
-        seen.append(matrix.dtype != torch.bfloat16 and not torch.is_autocast_enabled("cpu"))
+        # CUDA has no decomposition in bfloat16, which a pass's autocast would ask for.
+        precise.append(matrix.dtype != torch.bfloat16 and not torch.is_autocast_enabled("cpu"))
         return decompose(matrix, **named)
 
-    decompose = torch.svd_lowrank
+    losses, decompose = Question.losses, torch.svd_lowrank
+    monkeypatch.setattr(Question, "losses", counted)
     monkeypatch.setattr(torch, "svd_lowrank", watched)
-    run(config(songs, method="eva", precision="bf16", rank_max=8), base)
-    assert seen and all(seen)  # CUDA has no decomposition in bfloat16, which autocast would ask for.
+    _, events = run(config(songs, method="eva", precision="bf16", rank_max=8), base)
+    assert len(passes) == 12 == len([event for event in events if isinstance(event, TrackDone)])
+    assert precise and all(precise)
+
+
+def test_directions_of_eva_that_do_not_settle_end_it(songs: Path, base: Checkpoint, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(eva, "MOST_ROUNDS", 1)  # One has nothing to be compared to.
+    with pytest.raises(RunError, match="did not settle in 1 rounds"):
+        run(config(songs, method="eva"), base)
 
 
 def test_the_focus_chooses_the_timesteps(songs: Path, base: Checkpoint, monkeypatch: pytest.MonkeyPatch):
