@@ -1,22 +1,29 @@
 """Loads the large libraries without one that they would load and nothing here uses: seconds of every start."""
 
+import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from threading import Thread
 
+from sidestep.errors import SidestepError
+
+LOGGER = logging.getLogger(__name__)
 LIBRARIES = ("diffusers.utils", "peft.helpers", "peft.tuners.lora.model", "lycoris.modules")
 # PEFT and LyCORIS load it, and with it all of torch's compiler, for layers of theirs that are not used here: see
 # model/quantize.py.
 UNUSED = "bitsandbytes"
 
 
-def load_libraries() -> None:
+def load_libraries(meanwhile: Callable[[], None] | None = None) -> None:
     """Import torch, transformers, diffusers, PEFT and LyCORIS, but not bitsandbytes with them.
 
     Call it before anything else imports them; later it does nothing. bitsandbytes can be imported afterwards as ever.
+    Once torch is there `meanwhile` is done in a thread, and is over when this returns; how it fails is only logged.
     """
-    with _hidden(UNUSED):
+    import_module("torch")
+    with _beside(meanwhile), _hidden(UNUSED):
         for name in LIBRARIES:
             import_module(name)
         from peft import import_utils
@@ -24,6 +31,28 @@ def load_libraries() -> None:
         # Asked for again when an adapter is made; PEFT remembers the answer.
         import_utils.is_bnb_available()
         import_utils.is_bnb_4bit_available()
+
+
+@contextmanager
+def _beside(work: Callable[[], None] | None) -> Iterator[None]:
+    """Let a thread work while this context is open."""
+    if work is None:
+        yield
+        return
+    thread = Thread(target=_logged, args=(work,))
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()  # No process is forked while it works.
+
+
+def _logged(work: Callable[[], None]) -> None:
+    try:
+        work()
+    except (RuntimeError, SidestepError) as error:
+        # It only prepares: what it could not do is done again in the open, where an error is one.
+        LOGGER.info("Not prepared: %s", error)
 
 
 @contextmanager

@@ -165,11 +165,11 @@ def _train(
     if processes.is_first:
         open_log(writable_folder(output_dir) / LOG_NAME)
     with ExitStack() as stack:
+        read_ahead(decoder_tensors(checkpoint).values())  # While torch is loaded, which takes seconds.
         if not config.preprocess:
             warn_of_idle_gpu(config.device, console)
         show = stack.enter_context(open_screen(console))
-        read_ahead(decoder_tensors(checkpoint).values())  # While torch is loaded, which takes seconds.
-        load_libraries()
+        load_libraries(lambda: _warm_up(config, processes))
         from sidestep.listen.samples import TrainingSamples, prepare_wordings
         from sidestep.model.device import choose_device
         from sidestep.training.accelerate import check_device
@@ -202,6 +202,13 @@ def _train(
             listen=TrainingSamples(training, wordings, emit=emit),
         )
     return EXIT_INTERRUPTED if reason == "interrupted" else 0
+
+
+def _warm_up(config: TrainConfig, processes: Processes) -> None:
+    from sidestep.model.device import choose_own_device
+    from sidestep.model.warm_up import warm_up
+
+    warm_up(choose_own_device(config.device, local_rank=processes.local_rank), config.precision)
 
 
 def _open_files(stack: ExitStack, training: "Run", emit: Emit) -> Emit:
