@@ -202,7 +202,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cap", type=float, default=0, help="GiB that torch may allocate once the model is built")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    options.mode = options.mode or ("compiled" if torch.cuda.is_available() else "eager")
+    # Passes of a spread model are never captured; its blocks are compiled where that is asked for.
+    options.mode = options.mode or ("compiled" if torch.cuda.is_available() and not options.shard_base else "eager")
     return options
 
 
