@@ -1,6 +1,8 @@
 """What tests share: toy checkpoints, made once a session."""
 
+import gc
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +13,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
     from sidestep.model.checkpoint import Checkpoint
+
+
+MANY = 100
+_modules = 0  # That were loaded when garbage was last looked for everywhere.
+
+
+@pytest.fixture(autouse=True)
+def _little_garbage() -> None:
+    """Leave out of later collections what libraries hold: all of it takes a third of a second, many times a test."""
+    global _modules
+    if len(sys.modules) > _modules + MANY:
+        gc.collect()
+        gc.freeze()
+        _modules = len(sys.modules)
 
 
 def _toy(folder: Path, variant: str) -> "Checkpoint":

@@ -166,10 +166,10 @@ def _train(
         open_log(writable_folder(output_dir) / LOG_NAME)
     with ExitStack() as stack:
         read_ahead(decoder_tensors(checkpoint).values())  # While torch is loaded, which takes seconds.
+        load_libraries(lambda: _warm_up(config, processes))
         if not config.preprocess:
             warn_of_idle_gpu(config.device, console)
         show = stack.enter_context(open_screen(console))
-        load_libraries(lambda: _warm_up(config, processes))
         from sidestep.listen.samples import TrainingSamples, prepare_wordings
         from sidestep.model.device import choose_device
         from sidestep.training.accelerate import check_device

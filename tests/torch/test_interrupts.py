@@ -16,7 +16,7 @@ from sidestep.model.checkpoint import Checkpoint
 from tests.torch.tiny import RUN_NAME, read_state, write_songs
 
 REPOSITORY = Path(__file__).parents[2]
-STEPS = 60
+STEPS = 40
 
 
 class Command:

@@ -17,10 +17,11 @@ from sidestep.model.capabilities import CAPABILITIES
 from sidestep.model.warm_up import warm_up
 
 START = """
-import json, sys
+import gc, json, sys
 from sidestep.commands import libraries
 from sidestep.commands.libraries import load_libraries
 load_libraries()
+assert gc.isenabled() and gc.get_freeze_count() > 100_000
 import sidestep.listen.samples, sidestep.training.fit, sidestep.training.run, sidestep.ui.tensorboard
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
