@@ -19,7 +19,8 @@ from sidestep.estimate.question import Question
 from sidestep.events import Notice
 from sidestep.model.names import to_diffusers, to_original
 
-ROWS_PER_DIRECTION = 8  # Inputs that are kept of a layer, for each direction wanted.
+ROWS_PER_DIRECTION = 16  # Inputs that are kept of a layer, for each direction wanted.
+ROWS_PER_DRAW = 16  # And of each draw at least, so that few directions are not found from few positions.
 ROWS_TO_COMPARE = 8  # PEFT looks at all numbers, one by one, to find layers of the same input; so many rows are enough.
 MOST_ROUNDS = 20
 RHO = 2  # The largest rank as a multiple of the uniform one; PEFT's own default.
@@ -36,7 +37,7 @@ def eva_components(question: Question) -> dict[str, Tensor]:
     narrowest = min(min(outputs, inputs // 2) for outputs, inputs in question.shapes.values())
     most = min(RHO * config.rank, config.rank_max, narrowest)
     rows = _sampled_inputs(question, most * ROWS_PER_DIRECTION)
-    most = min(most, *(len(each) // 2 for each in rows.values()))  # A decomposition sees twice as many, to be exact.
+    most = min(most, *(len(each) // 2 for each in rows.values()))  # A decomposition asks for twice as many.
     rank = min(config.rank, most)
     lora = LoraConfig(
         r=rank,
@@ -71,32 +72,42 @@ class _Sample:
 
     each: int
     dtype: torch.dtype
+    generator: torch.Generator
+    counted: Tensor | None = None
+    """The prompt's rows of this pass that are no padding, numbered over the batch; None for all."""
     rows: dict[str, list[Tensor]] = field(default_factory=dict)
     kept: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         """Return what a layer calls before it computes."""
+        sees_prompt = name.endswith(("cross_attn.k_proj", "cross_attn.v_proj"))
 
         def take(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             inputs = arguments[0]
             if inputs not in self.kept:
                 flat = inputs.detach().flatten(0, -2)
-                spread = torch.linspace(0, len(flat) - 1, min(self.each, len(flat)), device=flat.device)
-                self.kept[inputs] = flat[spread.long()].to(dtype=self.dtype, device="cpu")
+                some = self.counted if sees_prompt and self.counted is not None else torch.arange(len(flat))
+                chosen = some[torch.randperm(len(some), generator=self.generator)[: self.each]]
+                self.kept[inputs] = flat[chosen.to(flat.device)].to(dtype=self.dtype, device="cpu")
             self.rows.setdefault(name, []).append(self.kept[inputs])
 
         return take
 
 
 def _sampled_inputs(question: Question, count: int) -> dict[str, Tensor]:
-    """Run the model over all draws; returns [N, inputs] of each layer, N at least `count` where there are so many."""
+    """Run the model over all draws; returns [N, inputs] of each layer, N at least `count` where there are so many.
+
+    The positions are drawn anew for each draw and input, from the seed.
+    """
     draws = [*question.first, *question.second]
-    sample = _Sample(-(-count // len(draws)), question.model.dtype)
+    each = max(ROWS_PER_DRAW, -(-count // len(draws)))
+    sample = _Sample(each, question.model.dtype, torch.Generator().manual_seed(question.config.seed))
     with ExitStack() as stack, torch.no_grad():
         for name, layer in question.layers.items():
             handle = layer.register_forward_pre_hook(sample.hook(name))
             stack.callback(handle.remove)
         for songs, task in question.tasks(draws):
+            sample.counted = None if task.rows_BL is None else task.rows_BL.flatten().nonzero().flatten()
             question.losses(task.to(question.model.device))
             question.report(songs)
     return {name: torch.cat(rows) for name, rows in sample.rows.items()}

@@ -15,6 +15,7 @@ from sidestep.config.tasks import EstimateConfig
 from sidestep.errors import DataError, ModelError, RunError
 from sidestep.estimate import eva
 from sidestep.estimate.question import Question
+from sidestep.estimate.question import prepare as prepare_question
 from sidestep.estimate.run import estimate
 from sidestep.estimate.verify import verify
 from sidestep.events import Event, Notice, TrackDone
@@ -125,6 +126,47 @@ def test_eva_runs_the_model_once_a_draw_and_decomposes_outside_of_its_passes(
     _, events = run(config(songs, method="eva", precision="bf16", rank_max=8), base)
     assert len(passes) == 12 == len([event for event in events if isinstance(event, TrackDone)])
     assert precise and all(precise)
+
+
+@pytest.mark.parametrize("draws", [4, 48])
+def test_eva_finds_the_principal_directions_of_all_that_layers_are_given(draws: int, songs: Path, base: Checkpoint):
+    settings = config(songs, rank=6, rank_max=12, estimate_batches=draws)
+    question = prepare_question(settings, checkpoint=base, emit=lambda event: None)
+    everything = inputs_of(question)
+    components = eva.eva_components(question)
+    assert sum(len(each) for each in components.values()) == 6 * len(components)
+    shares = []
+    for name, directions_KI in components.items():
+        centred_NI = everything[name] - everything[name].mean(0)
+        best = torch.linalg.svdvals(centred_NI)[: len(directions_KI)].square().sum()
+        shares.append(float((centred_NI @ directions_KI.double().T).square().sum() / best) if len(directions_KI) else 1)
+    assert min(shares) > 0.9 and sum(shares) / len(shares) > 0.97
+
+
+def inputs_of(question: Question) -> dict[str, torch.Tensor]:
+    """Give all inputs [N, I] of each layer over the draws of a question."""
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in question.layers}
+    handles = [
+        layer.register_forward_pre_hook(lambda module, given, name=name: found[name].append(given[0].flatten(0, -2)))
+        for name, layer in question.layers.items()
+    ]
+    with torch.no_grad():
+        for _, task in question.tasks([*question.first, *question.second]):
+            question.losses(task)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(parts).double() for name, parts in found.items()}
+
+
+def test_eva_leaves_the_padding_of_prompts_out():
+    sample = eva._Sample(4, torch.float32, torch.Generator().manual_seed(0), counted=torch.tensor([0, 1, 5, 6]))
+    rows = torch.arange(8.0).reshape(2, 4, 1).expand(2, 4, 3)
+    for name in ("layers.0.cross_attn.k_proj", "layers.0.self_attn.k_proj"):
+        given = rows.clone()
+        sample.hook(name)(torch.nn.Identity(), (given,))
+        del given
+    assert sorted(sample.rows["layers.0.cross_attn.k_proj"][0][:, 0].tolist()) == [0, 1, 5, 6]
+    assert not set(sample.rows["layers.0.self_attn.k_proj"][0][:, 0].tolist()) <= {0, 1, 5, 6}
 
 
 def test_directions_of_eva_that_do_not_settle_end_it(songs: Path, base: Checkpoint, monkeypatch: pytest.MonkeyPatch):
