@@ -11,6 +11,7 @@ from threading import Thread
 from sidestep.errors import SidestepError
 
 LOGGER = logging.getLogger(__name__)
+FIRST = "sidestep.model.warm_up"  # And torch with it.
 LIBRARIES = (
     "diffusers.models.transformers.ace_step_transformer",
     "diffusers.pipelines.ace_step.modeling_ace_step",
@@ -27,11 +28,12 @@ UNUSED = "bitsandbytes"
 def load_libraries(meanwhile: Callable[[], None] | None = None) -> None:
     """Import torch, transformers, diffusers, PEFT and LyCORIS, but not bitsandbytes with them.
 
-    Call it before anything else imports them; later it does nothing. bitsandbytes can be imported afterwards as ever.
-    Once torch is there `meanwhile` is done in a thread, and is over when this returns; how it fails is only logged.
+    Call it before anything else imports them. bitsandbytes can be imported afterwards as ever. Once torch is there
+    `meanwhile` is done in a thread, and is over when this returns: it prepares, and how it fails is only logged. It
+    should import nothing beyond `FIRST`.
     """
     with _without_collecting():
-        import_module("torch")
+        import_module(FIRST)
         with _beside(meanwhile), _hidden(UNUSED):
             for name in LIBRARIES:
                 import_module(name)

@@ -53,6 +53,18 @@ def divide(
     )
 
 
+def check_equal_size(config: EstimateConfig, costs: Mapping[str, int]) -> None:
+    """Raise ConfigError for `parameters` that no uniform adapter has, when it is to be compared with one."""
+    of_a_rank = sum(costs[name] for name in uniform_names(config, costs))
+    if not (config.verify and config.parameters and of_a_rank) or config.parameters % of_a_rank == 0:
+        return
+    nearest = max(1, round(config.parameters / of_a_rank)) * of_a_rank
+    raise ConfigError(
+        f"--verify compares at equal size, and a uniform adapter has a multiple of {of_a_rank:,} parameters.",
+        hint=f"Set --parameters {nearest}, or leave it out, or do without --verify.",
+    )
+
+
 def uniform_names(config: EstimateConfig, names: Iterable[str]) -> list[str]:
     """Return which of the modules that are looked at a uniform adapter would have."""
     return [name for name in names if name.rsplit(".", 1)[1] in config.uniform_modules]

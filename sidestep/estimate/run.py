@@ -10,7 +10,7 @@ from torch import Tensor
 from sidestep.config.rank_map import ModuleRank, Origin, RankMap, recipe_fingerprint
 from sidestep.config.tasks import EstimateConfig, focus_range
 from sidestep.errors import RunError
-from sidestep.estimate.division import divide
+from sidestep.estimate.division import check_equal_size, divide
 from sidestep.estimate.methods import METHODS, Found
 from sidestep.estimate.question import Question, prepare
 from sidestep.estimate.scores import CrossFit
@@ -37,8 +37,9 @@ def estimate(config: EstimateConfig, *, checkpoint: Checkpoint, version: str, em
     uniform one, and a warning says so. Errors are those of training.
     """
     question = prepare(config, checkpoint=checkpoint, emit=emit)
-    found = _measure(question)
     costs = {name: sum(shape) for name, shape in question.shapes.items()}
+    check_equal_size(config, costs)
+    found = _measure(question)
     limits = {name: min(shape) for name, shape in question.shapes.items()}
     budget, ranks = divide(config, costs, limits, None if _is_noise(found, emit) else found.gains_MR)
     modules = tuple(_module(name, row, ranks[name], costs[name], found) for row, name in enumerate(costs))

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model,
 from sidestep.config.rank_map import RankMap, read_rank_map, write_rank_map
 from sidestep.config.runs import CHECKPOINTS, LORA_CONFIG
 from sidestep.config.tasks import EstimateConfig
-from sidestep.errors import DataError, ModelError, RunError
+from sidestep.errors import ConfigError, DataError, ModelError, RunError
 from sidestep.estimate import eva
 from sidestep.estimate.question import Question
 from sidestep.estimate.question import prepare as prepare_question
@@ -334,6 +334,16 @@ def test_directions_of_another_map_are_refused(rank_map: Path, tmp_path: Path):
         read_directions(tmp_path / "rank_map.json", {})
     with pytest.raises(DataError, match="belongs to another rank map"):
         read_directions(rank_map, {"layers.0.self_attn.q_proj": 1})
+
+
+@pytest.mark.parametrize("parameters", [1500, 6000])
+def test_a_budget_that_no_uniform_adapter_has_is_not_compared(parameters: int, songs: Path, base: Checkpoint):
+    settings = config(songs, parameters=parameters, rank_min=1, verify=True, val_split=0.3)
+    with pytest.raises(ConfigError, match="equal size") as caught:
+        run(settings, base)
+    told = int(caught.value.hint.split()[2].rstrip(","))
+    rank_map, _ = run(replace(settings, parameters=told), base)
+    assert rank_map.budget.parameters == told and told - rank_map.budget.spent < 96
 
 
 def test_verify_trains_all_of_them_alike(rank_map: Path, songs: Path, base: Checkpoint):
