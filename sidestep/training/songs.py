@@ -11,13 +11,14 @@ from torch.utils.data import DataLoader, Dataset
 from sidestep.errors import ConfigError, DataError, SidestepError
 from sidestep.events import Emit, Notice
 from sidestep.model.checkpoint import Checkpoint, encoder_fingerprint
-from sidestep.preprocess.tensors import Header, read_header, sample_paths
+from sidestep.preprocess.tensors import Header, checksum, read_header, sample_paths
 from sidestep.training.batches import Song, leave_signals_to_the_main_process
 
 # A header takes half a millisecond, whatever the song's length: fewer files are not worth the start of a process.
 MANY_FILES = 2000
 _FILES_AT_ONCE = 64
-_READ_KEYS = frozenset({"encoder_fingerprint", "model_variant", "latents_key", "condition_key"})
+_CONTENT_KEYS = ("latents_key", "condition_key")
+_READ_KEYS = frozenset({"encoder_fingerprint", "model_variant", *_CONTENT_KEYS})
 
 
 def find_songs(folder: Path, checkpoint: Checkpoint, *, emit: Emit, num_workers: int = 0) -> list[Song]:
@@ -44,7 +45,7 @@ def find_songs(folder: Path, checkpoint: Checkpoint, *, emit: Emit, num_workers:
                 hint="Each model has its own condition encoder. Preprocess the songs with this one: "
                 f"--preprocess --model-variant {checkpoint.variant}",
             )
-        content = "".join(str(header.metadata.get(key, "")) for key in ("latents_key", "condition_key"))
+        content = "".join(str(header.metadata.get(key, "")) for key in _CONTENT_KEYS)
         songs.append(Song(path, header.frames, header.repeat, header.rows, content))
     if unknown:
         emit(
@@ -68,7 +69,10 @@ class _Headers(Dataset["Header | SidestepError"]):
             header = read_header(self.paths[place])
         except SidestepError as error:
             return error
-        return replace(header, metadata={key: header.metadata[key] for key in _READ_KEYS & header.metadata.keys()})
+        kept = {key: header.metadata[key] for key in _READ_KEYS & header.metadata.keys()}
+        if kept.keys().isdisjoint(_CONTENT_KEYS):  # Another program's, or an older one.
+            kept["latents_key"] = checksum(self.paths[place])
+        return replace(header, metadata=kept)
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -12,7 +12,7 @@ from sidestep.model.checkpoint import Checkpoint
 from sidestep.preprocess.tensors import Sample, is_finite, read_sample
 from sidestep.training import batches as batches_module
 from sidestep.training import songs as songs_module
-from sidestep.training.songs import find_songs
+from sidestep.training.songs import dataset_fingerprint, find_songs
 from sidestep.training.transfer import on_device, one_ahead
 from tests.torch.tiny import prepare, tiny_config, write_songs
 
@@ -29,6 +29,12 @@ def test_the_headers_of_many_files_are_read_by_processes_in_their_order(
     monkeypatch.setattr(songs_module, "MANY_FILES", 100)
     assert find_songs(folder, base, emit=ignore, num_workers=2) == alone
     assert sorted(song.frames for song in alone) == list(range(30, 170))
+
+
+def test_songs_of_programs_that_keep_no_account_are_known_by_their_numbers(tmp_path: Path, base: Checkpoint) -> None:
+    folders = [write_songs(tmp_path / f"{place}", base, (30, 40), seed=seed) for place, seed in enumerate((0, 0, 1))]
+    first, again, other = (dataset_fingerprint(find_songs(folder, base, emit=ignore)) for folder in folders)
+    assert first == again != other
 
 
 @pytest.mark.parametrize("many", [1, 100])
