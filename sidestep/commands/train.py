@@ -18,7 +18,7 @@ from sidestep.config.flags import GlobalConfig, LayersConfig
 from sidestep.config.places import default_checkpoint_dir, product_version, remember
 from sidestep.config.presets import is_run_config, save_preset
 from sidestep.config.processes import ALONE, Processes
-from sidestep.config.rank_map import read_rank_map
+from sidestep.config.rank_map import RANK_MAP_FILE, open_rank_map, read_rank_map
 from sidestep.config.recipe import RECIPE_PINS
 from sidestep.config.resolve import resolve_training
 from sidestep.config.runs import RUN_CONFIG, check_adapter_folders, checkpoints_in, run_of, set_aside_newer
@@ -82,6 +82,7 @@ def run(
         run_name = config.run_name or f"{config.adapter_type}_{time.strftime('%Y%m%d_%H%M%S')}"
         if processes.is_first:
             _check_output(config.output_dir, run_name, goes_on=config.resume_from is not None)
+            _check_kept_map(config, config.output_dir)
         config = replace(config, run_name=processes.text_of_first(run_name))
     skipped = 0
     if config.preprocess and processes.is_first:
@@ -218,11 +219,24 @@ def _open_files(stack: ExitStack, training: "Run", emit: Emit) -> Emit:
     from sidestep.ui.tensorboard import TensorBoard
 
     output_dir, first_step = training.output_dir, training.first_step
+    _keep_rank_map(training)
     write_whole(output_dir / RUN_CONFIG, training.config_text)
     _set_newer_aside(training.config, output_dir, emit)
     metrics = stack.enter_context(MetricsFile(output_dir / "metrics.jsonl", first_step=first_step))
     board = stack.enter_context(TensorBoard(training.config.log_dir or output_dir / "runs", first_step=first_step))
     return combine(emit, metrics, board, ReportPage(output_dir))
+
+
+def _keep_rank_map(training: "Run") -> None:
+    """Put the run's rank map into its folder: `estimate` writes the next one where it wrote this one."""
+    from sidestep.training.directions import copy_directions
+
+    rank_map, kept = training.rank_map, training.output_dir / RANK_MAP_FILE
+    if rank_map is None or (kept.exists() and kept.samefile(rank_map.path)):
+        return
+    if training.config.rank_map_start and training.first_step == 0:
+        copy_directions(rank_map.path, kept)  # So that --config starts another run alike.
+    write_whole(kept, rank_map.content)
 
 
 def _set_newer_aside(config: TrainConfig, output_dir: Path, emit: Emit) -> None:
@@ -238,6 +252,10 @@ def _check_dataset(config: TrainConfig, dataset_dir: Path) -> None:
     """Refuse, before torch is loaded, a dataset, a rank map or an adapter that is not there."""
     check_tensors(dataset_dir)
     if config.rank_map is not None:
+        if config.resume_from is not None and not config.rank_map.exists():
+            raise DataError(
+                f"The rank map of this run is gone: {config.rank_map}.", hint="Give a copy of it: --rank-map FILE."
+            )
         read_rank_map(config.rank_map)
     if config.init_from is not None and config.resume_from is None and not config.init_from.exists():
         raise ModelError(f"There is no adapter {config.init_from}: no such file or folder.")
@@ -255,6 +273,18 @@ def _check_output(output_dir: Path, run_name: str, *, goes_on: bool) -> None:
     if config.exists() and not checkpoints_in(output_dir) and not is_run_config(config):
         raise ConfigError(
             f"{config} belongs to something else, and a run would put its own in its place.",
+            hint="Choose another --output-dir.",
+        )
+
+
+def _check_kept_map(config: TrainConfig, output_dir: Path) -> None:
+    """Refuse an output folder where the copy of the rank map would replace another one that no run left there."""
+    kept = output_dir / RANK_MAP_FILE
+    if config.rank_map is None or not kept.is_file() or (output_dir / RUN_CONFIG).exists():
+        return
+    if open_rank_map(config.rank_map).content != kept.read_bytes():
+        raise ConfigError(
+            f"{kept} is another rank map, and the run would put a copy of its own in its place.",
             hint="Choose another --output-dir.",
         )
 

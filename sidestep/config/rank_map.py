@@ -104,6 +104,15 @@ class RankMap:
             )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MapFile:
+    """A rank map as it lies on disk: its file, the bytes that were read, and what they say."""
+
+    path: Path
+    content: bytes
+    rank_map: RankMap
+
+
 def recipe_fingerprint(recipe: Recipe) -> str:
     """Identify an objective by its numbers; two recipes that train alike have the same."""
     numbers = {name: value for name, value in asdict(recipe).items() if name != "name"}
@@ -122,11 +131,26 @@ def write_rank_map(path: Path, rank_map: RankMap) -> None:
 
 def read_rank_map(path: Path) -> RankMap:
     """Read a map; DataError when it is missing, damaged, of another format or self-contradictory."""
+    return open_rank_map(path).rank_map
+
+
+def open_rank_map(path: Path) -> MapFile:
+    """Read a map and keep its bytes; a folder stands for the rank_map.json in it. Errors are those of reading."""
     if path.is_dir():
         path = path / RANK_MAP_FILE
     if not path.is_file():
         raise DataError(f"There is no rank map {path}.", hint="Make it: train.py estimate --dataset-dir TENSORS")
-    content = _read_object(path)
+    if path.stat().st_size > MAP_LIMIT:
+        raise DataError(f"{path} is too large to be a rank map.")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+    return MapFile(path=path, content=content, rank_map=_parsed(content, path))
+
+
+def _parsed(data: bytes, path: Path) -> RankMap:
+    content = _object(data, path)
     if content.get("format_version") != RANK_MAP_FORMAT:
         raise DataError(
             f"{path} has format {content.get('format_version')}; this Side-Step reads {RANK_MAP_FORMAT}.", hint=AGAIN
@@ -143,16 +167,26 @@ def read_rank_map(path: Path) -> RankMap:
     return rank_map
 
 
+def kept_map(settings: Mapping[str, Any], run: Path) -> Path | None:
+    """Return where the rank map of a run lies, by the settings in its config.json.
+
+    A run keeps its map in its own folder, which is `run` now; one of an earlier Side-Step says where it was.
+    """
+    if settings.get("rank_map") is None:
+        return None
+    path, kept = Path(settings["rank_map"]), run / RANK_MAP_FILE
+    is_its_own = settings.get("output_dir") is not None and path == Path(settings["output_dir"]) / RANK_MAP_FILE
+    return kept if is_its_own and kept.is_file() else path
+
+
 def directions_file(path: Path) -> Path:
     """Return where the input directions of a map lie: beside it."""
     return path.with_suffix(DIRECTIONS_SUFFIX)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > MAP_LIMIT:
-        raise DataError(f"{path} is too large to be a rank map.")
+def _object(data: bytes, path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(data.decode())
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON: {error}.", hint=AGAIN) from error
     if not isinstance(content, dict):

@@ -7,6 +7,7 @@ from typing import Any
 
 from sidestep.config.adapter import ATTENTION_PROJECTIONS, PEFT
 from sidestep.config.presets import read_preset, read_run_config
+from sidestep.config.rank_map import kept_map
 from sidestep.config.recipe import RECIPE_PINS, learning_rate_of
 from sidestep.config.runs import LONGEST_NAME, RESERVED_NAMES, RUN_CONFIG, resume_candidates, run_of
 from sidestep.config.settings import (
@@ -65,7 +66,9 @@ def resolve_training(command: str, typed: Values, *, preset: str | None = None, 
 def _earlier_values(source: Path) -> dict[str, Any]:
     """Return what another run takes over from an earlier one: not where it went, not its preprocessing, which is done,
     and not what its recipe pinned."""
-    recipe, values = read_run_config(source / RUN_CONFIG if source.is_dir() else source)
+    path = source / RUN_CONFIG if source.is_dir() else source
+    recipe, values = read_run_config(path)
+    values["rank_map"] = kept_map(values, run_of(path.parent))
     return _without(values, {"output_dir", "run_name", "resume_from", "preprocess", *RECIPE_PINS[recipe]})
 
 
@@ -134,7 +137,9 @@ def _resumed_values(command: str, path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path} was trained with '{recipe}', not '{command}'.", hint=f"Resume it with: train.py {recipe} ..."
         )
-    return {**values, "output_dir": run_of(checkpoint), "resume_from": path, "preprocess": False}
+    run = run_of(checkpoint)
+    own = {"output_dir": run, "rank_map": kept_map(values, run), "resume_from": path, "preprocess": False}
+    return {**values, **own}
 
 
 def _newest_readable(checkpoints: list[Path]) -> tuple[Path, tuple[str, dict[str, Any]]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sidestep.config.rank_map import RankMap, read_rank_map
+from sidestep.config.rank_map import RankMap, kept_map, read_rank_map
 from sidestep.config.runs import RUN_CONFIG
 from sidestep.config.settings import settings_of
 from sidestep.config.train import TrainConfig
@@ -52,8 +52,8 @@ def read_story(folder: Path) -> Story:
     dataset = _json(Path(str(settings.get("dataset_dir") or "")) / "preprocess_meta.json")
     songs = dataset.get("songs")
     story.songs = sorted(str(name) for name in songs.values()) if isinstance(songs, dict) else []
-    if settings.get("rank_map"):
-        story.rank_map = _rank_map(Path(settings["rank_map"]))
+    rank_map = kept_map(settings, folder)
+    story.rank_map = _rank_map(rank_map) if rank_map else None
     return story
 
 
@@ -116,7 +116,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _rank_map(path: Path) -> RankMap | None:
-    """Return the map, or None where it was moved since the run began."""
+    """Return the map, or None where it is gone or damaged."""
     try:
         return read_rank_map(path)
     except SidestepError:

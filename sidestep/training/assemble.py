@@ -1,7 +1,7 @@
 """TrainConfig -> the parts of a run."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 
 from sidestep.config.presets import run_config_text
 from sidestep.config.processes import ALONE, Processes
-from sidestep.config.rank_map import RankMap, read_rank_map, recipe_fingerprint
+from sidestep.config.rank_map import RANK_MAP_FILE, MapFile, open_rank_map, recipe_fingerprint
 from sidestep.config.recipe import (
     PRODIGY_LEARNING_RATE,
     TURBO_SHIFT,
@@ -21,7 +21,7 @@ from sidestep.config.recipe import (
 from sidestep.config.runs import resume_candidates
 from sidestep.config.settings import settings_of, values_of
 from sidestep.config.train import TrainConfig
-from sidestep.errors import ConfigError, ModelError
+from sidestep.errors import ConfigError, DataError, ModelError
 from sidestep.events import Emit, Notice
 from sidestep.model.capabilities import capabilities
 from sidestep.model.checkpoint import Checkpoint, decoder_fingerprint
@@ -29,6 +29,7 @@ from sidestep.model.device import choose_dtype
 from sidestep.preprocess.tensors import FRAMES_PER_SECOND
 from sidestep.training.accelerate import can_capture, check_device, compile_blocks, wants_compile
 from sidestep.training.adapters.base import Adapter, load_values
+from sidestep.training.adapters.lora import ranks_in
 from sidestep.training.batches import Batches, Draws, Plan, Song, plan_batches
 from sidestep.training.build import build_stepper
 from sidestep.training.checkpoints import Snapshot, newest_good
@@ -62,6 +63,7 @@ class Run:
     batches: Batches
     adapter: Adapter
     stepper: Stepper
+    rank_map: MapFile | None
     ema: Ema | None
     state: TrainState
     first_step: int
@@ -95,12 +97,13 @@ def assemble(
     trained_on, held_out = hold_out(songs, config.val_split)
     plan = _plan(config, trained_on, few_lengths=can_capture(device, dtype), emit=emit)
     identity = {"songs": dataset_fingerprint(songs), "decoder": decoder_fingerprint(checkpoint)}
-    rank_map = _rank_map(config, identity, recipe)
     snapshot = _snapshot(config, identity, emit)
+    rank_map = _rank_map(config, identity, recipe, snapshot)
     state = TrainState(**snapshot.state) if snapshot else TrainState(processes=processes.count)  # pyright: ignore[reportArgumentType]
     pace = _pace(config, plan, state, emit)
-    text = run_config_text(config, recipe=recipe_name, version=version, objective=str(recipe))
-    processes.must_agree("settings, model, songs and checkpoint", repr((_common(config), rank_map, identity, state)))
+    processes.must_agree(
+        "settings, model, songs and checkpoint", repr((_common(config), rank_map and rank_map.content, identity, state))
+    )
     sampler = sampler_of(recipe, mu=checkpoint.timestep_mu, sigma=checkpoint.timestep_sigma)
     adapter, stepper = build_stepper(
         config, recipe, checkpoint, rank_map, processes, sampler=sampler, device=device, dtype=dtype, emit=emit
@@ -108,15 +111,10 @@ def assemble(
     _begin(snapshot, adapter, stepper)
     passes = (pace.total_steps - state.step) * -(-pace.passes // processes.count)
     music_seconds = passes * plan.mean_frames * config.batch_size / FRAMES_PER_SECOND
-    recomputed = sum(stepper.model.recompute) / len(stepper.model.recompute)
-    kinds = stepper.model.kinds
-    if wants_compile(
-        config.compile, device, music_seconds=music_seconds, recomputed=recomputed, kinds=kinds, emit=emit
-    ):
-        compile_blocks(stepper.model, any_length=len(plan.groups) > 1)
+    _compile(config, stepper, plan, device, music_seconds=music_seconds, emit=emit)
     return Run(
         config=config,
-        config_text=text,
+        config_text=_text(config, output_dir, recipe_name, version, recipe),
         recipe=recipe,
         checkpoint=checkpoint,
         output_dir=output_dir,
@@ -128,6 +126,7 @@ def assemble(
         batches=_batches(config, plan, sampler, recipe, pace, device=device, dtype=dtype, processes=processes),
         adapter=adapter,
         stepper=stepper,
+        rank_map=rank_map,
         ema=_ema(config, adapter, snapshot),
         state=state,
         first_step=state.step,
@@ -162,15 +161,39 @@ def _common(config: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in values_of(config).items() if name not in own}
 
 
-def _rank_map(config: TrainConfig, identity: Mapping[str, str], recipe: Recipe) -> RankMap | None:
+def _text(config: TrainConfig, output_dir: Path, recipe_name: str, version: str, recipe: Recipe) -> str:
+    """Return config.json. It names the rank map that the run keeps: the one it was given may change or go."""
+    kept = replace(config, rank_map=config.rank_map and output_dir / RANK_MAP_FILE)
+    return run_config_text(kept, recipe=recipe_name, version=version, objective=str(recipe))
+
+
+def _rank_map(
+    config: TrainConfig, identity: Mapping[str, str], recipe: Recipe, snapshot: Snapshot | None
+) -> MapFile | None:
     """Read the run's rank map, if it has one; a map that was made for another run is refused."""
     if config.rank_map is None:
         return None
-    rank_map = read_rank_map(config.rank_map)
-    rank_map.check_fits(
-        model=identity["decoder"], dataset=identity["songs"], recipe=recipe_fingerprint(recipe), source=config.rank_map
+    found = open_rank_map(config.rank_map)
+    if snapshot and ranks_in(snapshot.adapter) != found.rank_map.ranks:
+        raise DataError(
+            f"{found.path} is not the rank map that this run was started with.",
+            hint="Give that one, wherever it is now: --rank-map FILE.",
+        )
+    found.rank_map.check_fits(
+        model=identity["decoder"], dataset=identity["songs"], recipe=recipe_fingerprint(recipe), source=found.path
     )
-    return rank_map
+    return found
+
+
+def _compile(
+    config: TrainConfig, stepper: Stepper, plan: Plan, device: torch.device, *, music_seconds: float, emit: Emit
+) -> None:
+    model = stepper.model
+    recomputed = sum(model.recompute) / len(model.recompute)
+    if wants_compile(
+        config.compile, device, music_seconds=music_seconds, recomputed=recomputed, kinds=model.kinds, emit=emit
+    ):
+        compile_blocks(model, any_length=len(plan.groups) > 1)
 
 
 def _batches(

@@ -6,7 +6,7 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
 from sidestep.config.processes import Processes
-from sidestep.config.rank_map import RankMap
+from sidestep.config.rank_map import MapFile
 from sidestep.config.recipe import Recipe, learning_rate_of
 from sidestep.config.train import TrainConfig
 from sidestep.errors import NoRoomError
@@ -19,7 +19,7 @@ from sidestep.model.fuse import Fused, fuse
 from sidestep.model.loading import load_decoder, load_null_condition, widen_stream
 from sidestep.model.quantize import quantize_blocks
 from sidestep.training.accelerate import can_capture, make_passes
-from sidestep.training.adapters import ADAPTERS
+from sidestep.training.adapters import ADAPTERS, attach_mapped
 from sidestep.training.adapters.base import Adapter, target_names
 from sidestep.training.adapters.lora import LoraAdapter, plain_loras
 from sidestep.training.objective import MinSnr
@@ -36,7 +36,7 @@ def build_stepper(
     config: TrainConfig,
     recipe: Recipe,
     checkpoint: Checkpoint,
-    rank_map: RankMap | None,
+    rank_map: MapFile | None,
     processes: Processes,
     *,
     sampler: Sampler,
@@ -71,7 +71,7 @@ def _model(
     config: TrainConfig,
     recipe: Recipe,
     checkpoint: Checkpoint,
-    rank_map: RankMap | None,
+    rank_map: MapFile | None,
     *,
     sampler: Sampler,
     device: torch.device,
@@ -84,7 +84,8 @@ def _model(
     layers = len(decoder.layers)
     modules = target_names(layers, attention_type=config.attention_type, target_modules=config.target_modules)
     torch.manual_seed(config.seed)
-    adapter = ADAPTERS[config.adapter_type](decoder, list(rank_map.ranks) if rank_map else modules, config)
+    attach = ADAPTERS[config.adapter_type]
+    adapter = attach_mapped(decoder, rank_map, config) if rank_map else attach(decoder, modules, config)
     # A run that goes on has its weights in its checkpoint; the adapter it once started from may be gone.
     if config.init_from and config.resume_from is None:
         adapter.read(config.init_from)

@@ -1,6 +1,7 @@
 """From songs to a rank map to an adapter of exactly these modules and ranks."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 
-from sidestep.config.rank_map import RankMap, read_rank_map, write_rank_map
+from sidestep.config.rank_map import RankMap, open_rank_map, read_rank_map, write_rank_map
 from sidestep.config.runs import CHECKPOINTS, LORA_CONFIG
 from sidestep.config.tasks import EstimateConfig
 from sidestep.errors import ConfigError, DataError, ModelError, RunError
@@ -322,7 +323,7 @@ def test_the_adapter_starts_from_the_strongest_input_directions(
     rank_map: Path, songs: Path, base: Checkpoint, tmp_path: Path
 ):
     result = prepare(tiny_config(rank_map=rank_map, rank_map_start=True), base, songs, tmp_path / "out")
-    directions = read_directions(rank_map, read_rank_map(rank_map).ranks)
+    directions = read_directions(open_rank_map(rank_map))
     for name, rows in directions.items():
         start = result.adapter.parameters[f"{name}.lora_A.weight"].detach()
         torch.testing.assert_close(start, rows / rows.norm(dim=1, keepdim=True) / 3**0.5, rtol=1e-3, atol=1e-4)
@@ -330,10 +331,16 @@ def test_the_adapter_starts_from_the_strongest_input_directions(
 
 
 def test_directions_of_another_map_are_refused(rank_map: Path, tmp_path: Path):
+    copy = Path(shutil.copy(rank_map, tmp_path))
     with pytest.raises(DataError, match="There are no directions"):
-        read_directions(tmp_path / "rank_map.json", {})
+        read_directions(open_rank_map(copy))
+    shutil.copy(rank_map.with_suffix(".safetensors"), tmp_path)
+    assert read_directions(open_rank_map(copy)).keys() == read_rank_map(copy).ranks.keys()
+    # The same ranks of other draws: the directions are others too.
+    old = read_rank_map(copy)
+    write_rank_map(copy, replace(old, origin=replace(old.origin, seed=old.origin.seed + 1)))
     with pytest.raises(DataError, match="belongs to another rank map"):
-        read_directions(rank_map, {"layers.0.self_attn.q_proj": 1})
+        read_directions(open_rank_map(copy))
 
 
 @pytest.mark.parametrize("parameters", [1500, 6000])

@@ -1,10 +1,10 @@
 """The kinds of adapter, by the names users give them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
-from sidestep.config.rank_map import read_rank_map
+from sidestep.config.rank_map import MapFile
 from sidestep.config.train import TrainConfig
 from sidestep.training.adapters.base import Adapter
 from sidestep.training.adapters.lora import attach_lora
@@ -12,8 +12,28 @@ from sidestep.training.adapters.lycoris import attach_loha, attach_lokr
 from sidestep.training.directions import read_directions
 
 
+def attach_mapped(decoder: nn.Module, rank_map: MapFile, config: TrainConfig) -> Adapter:
+    """Put a LoRA or DoRA on exactly the modules of a rank map.
+
+    A run that goes on needs no directions to start from: its weights are in its checkpoint.
+    """
+    ranks = rank_map.rank_map.ranks
+    starts = config.rank_map_start and config.resume_from is None
+    return _peft(decoder, list(ranks), config, ranks=ranks, start=read_directions(rank_map) if starts else {})
+
+
 def _lora(decoder: nn.Module, modules: Sequence[str], config: TrainConfig) -> Adapter:
-    ranks = read_rank_map(config.rank_map).ranks if config.rank_map else {}
+    return _peft(decoder, modules, config, ranks={}, start={})
+
+
+def _peft(
+    decoder: nn.Module,
+    modules: Sequence[str],
+    config: TrainConfig,
+    *,
+    ranks: Mapping[str, int],
+    start: Mapping[str, Tensor],
+) -> Adapter:
     return attach_lora(
         decoder,
         modules,
@@ -24,7 +44,7 @@ def _lora(decoder: nn.Module, modules: Sequence[str], config: TrainConfig) -> Ad
         use_rslora=config.use_rslora,
         use_dora=config.adapter_type == "dora",
         ranks=ranks,
-        start=read_directions(config.rank_map, ranks) if config.rank_map and config.rank_map_start else {},
+        start=start,
     )
 
 

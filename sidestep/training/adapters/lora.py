@@ -191,6 +191,11 @@ def attach_lora(
     )
 
 
+def ranks_in(values: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return each module's rank in the weights of a LoRA or DoRA."""
+    return {_module_of(name): len(value) for name, value in values.items() if name.endswith("lora_A.weight")}
+
+
 def plain_loras(adapter: LoraAdapter, decoder: nn.Module) -> dict[str, Lora]:
     """Return each module's LoRA by diffusers' name, where that is all there is: nothing for DoRA or trained biases."""
     count = sum(1 for name in adapter.parameters if name.endswith(("lora_A.weight", "lora_B.weight")))
