@@ -21,6 +21,7 @@ RANK_MAP_FORMAT = 1
 DIRECTIONS_SUFFIX = ".safetensors"
 MAP_LIMIT = 10_000_000  # bytes; XL has 352 modules at 300 bytes each
 MAX_RANK = 4096
+ORIGIN_WORDS = ("model_variant", "model", "dataset", "recipe", "objective", "method")
 AGAIN = "Make it anew: train.py estimate with the same --model-variant and --dataset-dir as this run."
 
 
@@ -167,6 +168,27 @@ def _parsed(data: bytes, path: Path) -> RankMap:
     return rank_map
 
 
+def check_modules(rank_map: MapFile, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse a map with modules, costs or ranks that the model does not have: it was changed by hand.
+
+    `shapes` are (outputs, inputs) of every module that can have an adapter.
+    """
+    for module in rank_map.rank_map.modules:
+        if module.name not in shapes:
+            raise DataError(f"{rank_map.path} names {module.name}, which is no module that can be trained.", hint=AGAIN)
+        shape = shapes[module.name]
+        if module.cost != sum(shape):
+            raise DataError(
+                f"{rank_map.path} says that a rank of {module.name} costs {module.cost} parameters, not {sum(shape)}.",
+                hint=AGAIN,
+            )
+        if module.rank > min(shape):
+            raise DataError(
+                f"{rank_map.path} gives {module.name} the rank {module.rank}; its weight has {min(shape)} at most.",
+                hint=AGAIN,
+            )
+
+
 def kept_map(settings: Mapping[str, Any], run: Path) -> Path | None:
     """Return where the rank map of a run lies, by the settings in its config.json.
 
@@ -200,18 +222,36 @@ def _origin(content: Mapping[str, Any]) -> Origin:
 
 
 def _check(rank_map: RankMap, path: Path) -> None:
-    names = [module.name for module in rank_map.modules]
+    modules, budget = rank_map.modules, rank_map.budget
     good = (
-        len(set(names)) == len(names)
-        and all(isinstance(name, str) for name in names)
-        and all(_is_whole(m.rank) and 0 <= m.rank <= MAX_RANK and _is_whole(m.cost) for m in rank_map.modules)
-        and all(isinstance(getattr(rank_map.origin, key), str) for key in ("model", "dataset", "recipe"))
-        and sum(m.rank * m.cost for m in rank_map.modules) == rank_map.budget.spent
+        all(_is_good(module) for module in modules)
+        and len({module.name for module in modules}) == len(modules)
+        and all(isinstance(getattr(rank_map.origin, key), str) for key in ORIGIN_WORDS)
+        and all(_is_whole(value) for value in (budget.parameters, budget.spent, budget.rank_min, budget.rank_max))
+        and all(value is None or _is_whole(value) for value in (budget.suggested_rank, budget.suggested_parameters))
+        and sum(module.rank * module.cost for module in modules) == budget.spent <= budget.parameters
     )
     if not good:
         raise DataError(f"{path} contradicts itself: it was changed by hand or damaged.", hint=AGAIN)
     if not rank_map.ranks:
         raise DataError(f"{path} leaves no module to train.", hint=AGAIN)
+
+
+def _is_good(module: ModuleRank) -> bool:
+    return (
+        isinstance(module.name, str)
+        and _is_whole(module.rank)
+        and 0 <= module.rank <= MAX_RANK
+        and _is_whole(module.cost)
+        and module.cost > 0
+        and isinstance(module.stands_out, bool)
+        and _is_number(module.score)
+        and all(value is None or _is_number(value) for value in (module.low, module.high, module.gradient_norm))
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_whole(value: object) -> TypeGuard[int]:

@@ -1,12 +1,15 @@
 """The decoder with its adapter, and the stepper that trains it."""
 
+from typing import Any
+
 import torch
 from diffusers.models.transformers.ace_step_transformer import AceStepTransformer1DModel
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
+from sidestep.config.adapter import ATTENTION_PROJECTIONS, MLP_PROJECTIONS
 from sidestep.config.processes import Processes
-from sidestep.config.rank_map import MapFile
+from sidestep.config.rank_map import MapFile, check_modules
 from sidestep.config.recipe import Recipe, learning_rate_of
 from sidestep.config.train import TrainConfig
 from sidestep.errors import NoRoomError
@@ -17,6 +20,7 @@ from sidestep.model.device import free_memory, full_memory_alike, reset_memory_p
 from sidestep.model.dropout import seed_dropout
 from sidestep.model.fuse import Fused, fuse
 from sidestep.model.loading import load_decoder, load_null_condition, widen_stream
+from sidestep.model.names import to_diffusers
 from sidestep.model.quantize import quantize_blocks
 from sidestep.training.accelerate import can_capture, make_passes
 from sidestep.training.adapters import ADAPTERS, attach_mapped
@@ -83,6 +87,8 @@ def _model(
     )
     layers = len(decoder.layers)
     modules = target_names(layers, attention_type=config.attention_type, target_modules=config.target_modules)
+    if rank_map:
+        check_modules(rank_map, _shapes(decoder))
     torch.manual_seed(config.seed)
     attach = ADAPTERS[config.adapter_type]
     adapter = attach_mapped(decoder, rank_map, config) if rank_map else attach(decoder, modules, config)
@@ -112,6 +118,14 @@ def _model(
     )
     free_memory(device)  # Weights that were moved or packed leave holes.
     return model, adapter
+
+
+def _shapes(decoder: AceStepTransformer1DModel) -> dict[str, tuple[int, int]]:
+    """Return (outputs, inputs) of every module that an adapter can go on."""
+    projections = (*ATTENTION_PROJECTIONS, *MLP_PROJECTIONS)
+    names = target_names(len(decoder.layers), attention_type="both", target_modules=projections)
+    layers: dict[str, Any] = {name: decoder.get_submodule(to_diffusers(name)) for name in names}
+    return {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
 
 
 def fused_blocks(decoder: AceStepTransformer1DModel, adapter: Adapter, cross_attention: CrossAttention) -> Fused | None:

@@ -9,7 +9,6 @@ import torch
 
 from sidestep.config.runs import CHECKPOINTS, checkpoint_name
 from sidestep.config.shell import program_words, shell_line, start_words
-from sidestep.config.train import TrainConfig
 from sidestep.errors import DataError, ElsewhereError, LostProcessError, NonFiniteError, NoRoomError, ReadingError
 from sidestep.events import AdapterSaved, CheckpointSaved, Emit, RunDone, RunStarted, Validated
 from sidestep.model.device import full_memory_alike
@@ -73,7 +72,7 @@ def _started(run: Run) -> RunStarted:
             "torch.", ""
         ),
         "Songs": f"{len(plan.songs)} ({minutes:.1f} min)" + (f", {len(run.held_out)} held out" if run.held_out else ""),
-        "Adapter": f"{config.adapter_type}, {_ranks(config)}, {len(run.adapter.modules)} modules, "
+        "Adapter": f"{config.adapter_type}, {_ranks(run)}, {len(run.adapter.modules)} modules, "
         f"{parameters / 1e6:.2f} M parameters",
         "Optimizer": f"{config.optimizer_type}, lr {pace.lr:g}, {pace.schedule}",
         "Batch": _batch(run),
@@ -98,8 +97,8 @@ def _batch(run: Run) -> str:
     return f"{factors}{many} = {config.batch_size * run.pace.passes} samples a step{now}"
 
 
-def _ranks(config: TrainConfig) -> str:
-    return f"rank {config.rank}" if config.rank_map is None else f"ranks of {config.rank_map.name}"
+def _ranks(run: Run) -> str:
+    return f"ranks of {run.rank_map.path.name}" if run.rank_map else f"rank {run.config.rank}"
 
 
 def _after_epoch(run: Run, emit: Emit, listen: Listener) -> bool:

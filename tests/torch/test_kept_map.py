@@ -3,14 +3,16 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sidestep.config.presets import read_run_config
-from sidestep.config.rank_map import RANK_MAP_FILE, directions_file, read_rank_map
+from sidestep.config.rank_map import RANK_MAP_FILE, directions_file, open_rank_map, read_rank_map
 from sidestep.listen.story import read_story
 from sidestep.main import main
 from sidestep.model.checkpoint import Checkpoint
+from sidestep.training.directions import read_directions
 from tests.torch.command_line import NAME, Left, train
 from tests.torch.tiny import adapter_tensors, assert_identical, write_songs
 
@@ -57,6 +59,33 @@ def replace_it(base: Checkpoint, songs: Path, given: Path) -> None:
     before = read_rank_map(given).ranks
     estimate(base, songs, given, "--rank", "2", "--rank-max", "2", "--seed", "9")
     assert read_rank_map(given).ranks != before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"name": "layers.99.self_attn.q_proj"}, {"name": "condition_embedder"}, {"cost": 5}, {"rank": 4000}],
+    ids=str,
+)
+def test_a_map_that_was_changed_by_hand_trains_nothing(
+    tmp_path: Path, base: Checkpoint, songs: Path, given: Path, capsys: pytest.CaptureFixture[str], change: Any
+):
+    content = json.loads(given.read_text())
+    content["modules"][0].update(change)
+    spent = sum(module["rank"] * module["cost"] for module in content["modules"])
+    content["budget"].update(spent=spent, parameters=spent)
+    given.write_text(json.dumps(content))
+    words = ["-c", str(base.root), "-M", "base", "-d", str(songs), "-o", str(tmp_path / "run"), "--plain"]
+    assert main(["fixed", *words, "--device", "cpu", "--rank-map", str(given)]) == 1
+    assert "train.py estimate" in capsys.readouterr().err
+
+
+def test_the_folder_of_a_map_stands_for_it_and_its_directions(tmp_path: Path, base: Checkpoint, songs: Path):
+    rank_map = estimate(base, songs, tmp_path / "maps" / RANK_MAP_FILE, "--save-directions")
+    by_file = train(base, songs, tmp_path / "file", "--rank-map", rank_map, "--rank-map-start")
+    by_folder = train(base, songs, tmp_path / "folder", "--rank-map", rank_map.parent, "--rank-map-start")
+    assert_identical(by_folder.tensors, by_file.tensors)
+    assert by_folder.start["facts"]["Adapter"] == by_file.start["facts"]["Adapter"]
+    assert read_directions(open_rank_map(by_folder.folder))
 
 
 @pytest.mark.parametrize("fate", ["deleted", "replaced"])

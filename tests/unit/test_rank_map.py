@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,8 @@ from sidestep.config.rank_map import (
     ModuleRank,
     Origin,
     RankMap,
+    check_modules,
+    open_rank_map,
     read_rank_map,
     recipe_fingerprint,
     write_rank_map,
@@ -110,6 +113,82 @@ def test_a_rank_is_a_whole_number_within_reason(written: Path, rank: object):
     content["modules"][0]["rank"] = rank
     with pytest.raises(DataError):
         read_rank_map(changed(written, modules=content["modules"]))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("name", ["layers.0.self_attn.q_proj"]),
+        ("name", None),
+        ("name", "layers.0.mlp.down_proj"),
+        ("cost", 0),
+        ("cost", -5),
+        ("score", "high"),
+        ("score", None),
+        ("score", True),
+        ("score", float("nan")),
+        ("low", "0"),
+        ("high", [1]),
+        ("gradient_norm", float("inf")),
+        ("stands_out", "yes"),
+    ],
+)
+def test_a_module_that_was_changed_by_hand_is_refused(written: Path, key: str, value: object):
+    content = json.loads(written.read_text())
+    module = content["modules"][0]
+    module[key] = value
+    spent = sum(m["rank"] * m["cost"] for m in content["modules"])
+    with pytest.raises(DataError, match="changed by hand or damaged"):
+        read_rank_map(changed(written, modules=content["modules"], budget={"spent": spent}))
+
+
+@pytest.mark.parametrize(
+    ("section", "change"),
+    [
+        ("budget", {"parameters": 3000}),
+        ("budget", {"parameters": "many"}),
+        ("budget", {"rank_min": None}),
+        ("budget", {"suggested_rank": 2.5}),
+        ("origin", {"model_variant": 3}),
+        ("origin", {"objective": None}),
+    ],
+)
+def test_a_budget_or_an_origin_that_was_changed_by_hand_is_refused(written: Path, section: str, change: object):
+    with pytest.raises(DataError, match="changed by hand or damaged"):
+        read_rank_map(changed(written, **{section: change}))
+
+
+def test_a_map_spends_its_budget_at_most(written: Path):
+    spent = a_map().budget.spent
+    assert read_rank_map(changed(written, budget={"parameters": spent})).budget.parameters == spent
+    with pytest.raises(DataError, match="changed by hand or damaged"):
+        read_rank_map(changed(written, budget={"parameters": spent - 1}))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"name": "layers.99.self_attn.q_proj"}, r"names layers\.99\.self_attn\.q_proj, which is no module"),
+        ({"name": "condition_embedder"}, "names condition_embedder, which is no module"),
+        ({"name": "layers.99.self_attn.q_proj", "rank": 0}, "which is no module"),
+        ({"cost": 95}, "costs 95 parameters, not 96"),
+        ({"rank": 49}, "the rank 49; its weight has 48 at most"),
+    ],
+)
+def test_a_map_that_does_not_fit_the_model_is_refused(written: Path, change: dict[str, Any], problem: str):
+    shapes = {
+        "layers.0.self_attn.q_proj": (48, 48),
+        "layers.0.self_attn.k_proj": (32, 48),
+        "layers.0.mlp.down_proj": (48, 96),
+    }
+    check_modules(open_rank_map(written), shapes)
+    content = json.loads(written.read_text())
+    content["modules"][0].update(change)
+    spent = sum(m["rank"] * m["cost"] for m in content["modules"])
+    edited = changed(written, modules=content["modules"], budget={"spent": spent, "parameters": 10 * spent})
+    with pytest.raises(DataError, match=problem) as caught:
+        check_modules(open_rank_map(edited), shapes)
+    assert "train.py estimate" in caught.value.hint
 
 
 def test_a_map_that_leaves_nothing_to_train_is_refused(written: Path):
