@@ -96,7 +96,7 @@ def assemble(
     songs = find_songs(dataset_dir, checkpoint, emit=emit, num_workers=config.num_workers)
     trained_on, held_out = hold_out(songs, config.val_split)
     plan = _plan(config, trained_on, few_lengths=can_capture(device, dtype), emit=emit)
-    identity = {"songs": dataset_fingerprint(songs), "decoder": decoder_fingerprint(checkpoint)}
+    identity = {"decoder": decoder_fingerprint(checkpoint), "songs": dataset_fingerprint(songs)}
     snapshot = _snapshot(config, identity, emit)
     rank_map = _rank_map(config, identity, recipe, snapshot)
     state = TrainState(**snapshot.state) if snapshot else TrainState(processes=processes.count)  # pyright: ignore[reportArgumentType]
