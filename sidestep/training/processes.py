@@ -58,8 +58,9 @@ def joined(place: Place) -> Iterator[Processes]:
             raise ElsewhereError from error
         raise
     finally:
-        # Its threads would otherwise be found running when Python ends, and abort the process.
+        # Its threads may otherwise be found running when Python ends.
         dist.destroy_process_group()
+        processes.let_go()
 
 
 @contextmanager
@@ -146,8 +147,14 @@ class JoinedProcesses(Processes):
             others = those_with(lambda kind: kind.exchanges != "never")
             raise ConfigError(f"Several processes train on {others}, not on {capabilities(device).name}.")
         if self._numbers is None:
+            self.meet()
             # Windows has no NCCL.
             self._numbers = new_group(backend if dist.is_backend_available(backend) else "gloo")
+
+    def let_go(self) -> None:
+        """Hold the groups no longer; nothing is exchanged after that."""
+        del self.meetings
+        self._numbers = None
 
     @property
     def numbers(self) -> dist.ProcessGroup:

@@ -127,6 +127,10 @@ def test_what_is_too_large_for_one_process_is_made_smaller_in_all(left: Left):
     assert first == second == {"batch_size": 1, "passes": 16}
 
 
+def test_one_that_fails_before_it_has_a_device_is_not_waited_for(left: Left):
+    assert left("early") == ("ElsewhereError", "ElsewhereError")
+
+
 def test_a_process_that_fails_ends_all_and_what_was_done_is_kept(left: Left):
     first, second = left("error")
     assert second[0] == "NoRoomError" and "out of memory" in second[1]

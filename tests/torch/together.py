@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,15 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from sidestep.config.processes import Processes, launched_place
-from sidestep.errors import ElsewhereError, NoRoomError
+from sidestep.config.processes import Processes, Word, launched_place
+from sidestep.errors import ElsewhereError, LostProcessError, NoRoomError
 from sidestep.events import EpochDone, LayerGradients, RunStarted, Validated
 from sidestep.model.checkpoint import Checkpoint, find_checkpoint
 from sidestep.training import accelerate, fit
 from sidestep.training.assemble import Run
 from sidestep.training.batches import Batch
 from sidestep.training.passes import Passes
-from sidestep.training.processes import joined
+from sidestep.training.processes import JoinedProcesses, joined, new_group, own_device
 from sidestep.training.run import carry_out
 from tests.torch.tiny import RUN_NAME, Trained, prepare, tiny_config, train
 
@@ -40,6 +41,7 @@ CONFIG = tiny_config(
 # Compiling takes seconds for each way that a block is called.
 FEW_GRAPHS = {"epochs": 1, "val_split": 0.0, "gradient_checkpointing": False, "target_modules": ("q_proj",)}
 COMPILE = torch.compile
+SOON = timedelta(seconds=30)
 
 
 class Scenarios:
@@ -83,6 +85,18 @@ class Scenarios:
         finally:
             fit.measure = measure
         return {"batch_size": run.config.batch_size, "passes": run.pace.passes}
+
+    def fail_early(self) -> str:
+        """Fail in the second process while the first one gets its device."""
+        own = self.processes
+        others = JoinedProcesses(own.rank, own.local_rank, own.count, meetings=new_group("gloo", SOON))
+        try:
+            others.meet(Word.FAILED) if own.rank == 1 else own_device("cpu", others)
+        except LostProcessError as error:
+            raise AssertionError("The first process does not listen.") from error
+        except ElsewhereError as error:
+            return type(error).__name__
+        return ""
 
     def fail(self) -> None:
         """Run out of memory in the second process, in its fourth pass of a run: in the third step."""
@@ -154,6 +168,7 @@ def main(checkpoints: Path, folder: Path) -> None:
 
         keep("plain", lambda: scenarios.train("plain"))
         keep("read", scenarios.read)
+        keep("early", scenarios.fail_early)
         keep("room", scenarios.find_room)
         keep("sharded", lambda: scenarios.train("sharded", shard_base=True))
         keep("patience", lambda: scenarios.train("patience", epochs=12, early_stop_patience=2, learning_rate=1e-14))
