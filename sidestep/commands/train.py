@@ -23,7 +23,7 @@ from sidestep.config.recipe import RECIPE_PINS
 from sidestep.config.resolve import resolve_training
 from sidestep.config.runs import RUN_CONFIG, check_adapter_folders, checkpoints_in, run_of, set_aside_newer
 from sidestep.config.settings import build, parse_values, settings_of
-from sidestep.config.shell import program_words, shell_line
+from sidestep.config.shell import shell_line, start_words
 from sidestep.config.train import TrainConfig
 from sidestep.data.audio import AUDIO_SUFFIXES
 from sidestep.data.dataset_file import load_dataset
@@ -72,7 +72,7 @@ def run(
     if config.shard_base and processes.count == 1:
         raise ConfigError(
             "--shard-base spreads the model over several processes, and there is one.",
-            hint=f"Start them: {shell_line(program_words('torchrun'))} --nproc-per-node 2 train.py ...; "
+            hint=f"Start them: {shell_line(start_words(processes=2))} {command} ...; "
             "or leave it out (--no-shard-base).",
         )
     checkpoint = _checkpoint(config)
@@ -291,12 +291,14 @@ def _check_kept_map(config: TrainConfig, output_dir: Path) -> None:
 
 def check_tensors(dataset_dir: Path) -> None:
     """Raise DataError unless the folder is there and holds tensor files."""
-    how = "Make them: train.py fixed --preprocess --audio-dir SONGS --tensor-output TENSORS"
+    start = shell_line([*start_words(), "fixed", "--preprocess"])
+    how = f"Make them: {start} --audio-dir SONGS --tensor-output TENSORS"
     if not dataset_dir.is_dir():
         raise DataError(f"There is no folder {dataset_dir} with tensors.", hint=how)
     if not any(dataset_dir.glob("*.pt")):
         if _has_audio(dataset_dir):
-            how = f"It holds audio: preprocess it with --preprocess --audio-dir {shell_line([dataset_dir])}"
+            audio = shell_line(["--audio-dir", dataset_dir])
+            how = f"It holds audio. Make tensors of it: {start} {audio} --tensor-output TENSORS"
         raise DataError(f"There are no tensor files (.pt) in {dataset_dir}.", hint=how)
 
 

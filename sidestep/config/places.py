@@ -8,11 +8,11 @@ from pathlib import Path
 
 import platformdirs
 
-from sidestep.config.shell import download_line
+from sidestep.config.shell import SCRIPT, download_line
 from sidestep.errors import ConfigError
 from sidestep.files import write_whole
 
-PROJECT = Path(__file__).resolve().parent.parent.parent
+PROJECT = SCRIPT.parent
 CHECKPOINT_VARIABLE = "SIDESTEP_CHECKPOINT_DIR"
 MAIN_REPOSITORY = "ACE-Step/Ace-Step1.5"  # The turbo model and the parts that all models share.
 MODEL_REPOSITORY = "ACE-Step/acestep-v15-"  # The other models, each in one of its own: base, sft, xl-turbo, ...

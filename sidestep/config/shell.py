@@ -3,24 +3,40 @@
 import os
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 INSTALLER = "install_windows.bat" if os.name == "nt" else "./install.sh"
 START_VARIABLE = "SIDESTEP_START"  # Set by the launchers that the installers leave.
+MARK = "locked.txt"  # What the installers leave in the environment that they make.
+SCRIPT = Path(__file__).resolve().parent.parent.parent / "train.py"
 
 
-def start_words() -> tuple[str, ...]:
-    """Return the words that start Side-Step: the launcher that it was started with, else `uv run train.py`."""
+def start_words(*, processes: int = 1) -> tuple[str, ...]:
+    """Return the words that start Side-Step, in as many processes: its launcher, its Python, or `uv run`."""
+    script = _from_here(SCRIPT) if _is_installed() else SCRIPT.name
+    if processes > 1:
+        return (*program_words("torchrun"), "--standalone", "--nproc-per-node", str(processes), script)
     launcher = os.environ.get(START_VARIABLE)
-    return (launcher,) if launcher else ("uv", "run", "train.py")
+    if launcher:
+        return (launcher,)
+    return (*program_words("python"), script) if _is_installed() else ("uv", "run", script)
 
 
 def program_words(name: str) -> tuple[str, ...]:
     """Return the words that start a program which is installed with Side-Step: `hf`, `torchrun`, `tensorboard`."""
-    if not os.environ.get(START_VARIABLE):
-        return ("uv", "run", name)
-    return (str(Path(".venv", "Scripts" if os.name == "nt" else "bin", name)),)
+    return (_from_here(Path(sys.executable).with_name(name)),) if _is_installed() else ("uv", "run", name)
+
+
+def _is_installed() -> bool:
+    """Say whether an installer made this environment: `uv run` might put another torch in the place of its own."""
+    return bool(os.environ.get(START_VARIABLE)) or Path(sys.prefix, MARK).is_file()
+
+
+def _from_here(path: Path) -> str:
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def shell_line(words: Iterable[object], *, is_windows: bool = os.name == "nt") -> str:

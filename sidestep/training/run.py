@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from sidestep.config.runs import CHECKPOINTS, checkpoint_name
-from sidestep.config.shell import program_words, shell_line, start_words
+from sidestep.config.shell import shell_line, start_words
 from sidestep.errors import DataError, ElsewhereError, LostProcessError, NonFiniteError, NoRoomError, ReadingError
 from sidestep.events import AdapterSaved, CheckpointSaved, Emit, RunDone, RunStarted, Validated
 from sidestep.model.device import full_memory_alike
@@ -58,9 +58,7 @@ def carry_out(
 
 def resume_command(run: Run) -> str:
     """Return what to type to go on with this run, in as many processes (for several machines see the README)."""
-    together = (*program_words("torchrun"), "--standalone", "--nproc-per-node", run.processes.count, "train.py")
-    start = start_words() if run.processes.count == 1 else together
-    return shell_line([*start, run.recipe.name, "--resume-from", run.output_dir])
+    return shell_line([*start_words(processes=run.processes.count), run.recipe.name, "--resume-from", run.output_dir])
 
 
 def _started(run: Run) -> RunStarted:
