@@ -60,7 +60,6 @@ def joined(place: Place) -> Iterator[Processes]:
     finally:
         # Its threads may otherwise be found running when Python ends.
         dist.destroy_process_group()
-        processes.let_go()
 
 
 @contextmanager
@@ -150,11 +149,6 @@ class JoinedProcesses(Processes):
             self.meet()
             # Windows has no NCCL.
             self._numbers = new_group(backend if dist.is_backend_available(backend) else "gloo")
-
-    def let_go(self) -> None:
-        """Hold the groups no longer; nothing is exchanged after that."""
-        del self.meetings
-        self._numbers = None
 
     @property
     def numbers(self) -> dist.ProcessGroup:
