@@ -21,7 +21,9 @@ main() {
       --yes | -y) yes=1 ;;
       --updated) updated=1 ;;
       --torch)
-        [ $# -gt 1 ] || fail "--torch needs a name." "For instance: ./install.sh --torch cu126"
+        case ${2:-} in
+          '' | -*) fail "--torch needs a name." "For instance: ./install.sh --torch cu126" ;;
+        esac
         torch=$2; shift ;;
       --help | -h) sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; exit ;;
       *) fail "The installer takes only --yes and --torch NAME." "Type ./install.sh --help, or nothing but ./install.sh." ;;

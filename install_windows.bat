@@ -32,6 +32,9 @@ goto arguments
 :take_torch
 set "TORCH=%~2"
 set "TORCH_ARGUMENT=--torch %~2"
+set "WHY=--torch needs a name."
+set "WAY=For instance: install_windows.bat --torch cu126"
+if "%TORCH:~0,1%"=="-" goto failed
 shift /1
 shift /1
 goto arguments

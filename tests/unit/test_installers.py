@@ -186,6 +186,13 @@ def test_an_argument_it_does_not_know_starts_nothing(linux: Linux):
     assert linux.calls == []
 
 
+@pytest.mark.parametrize("words", [["--torch"], ["--torch", ""], ["--torch", "--yes"], ["--yes", "--torch", "-y"]])
+def test_a_torch_build_without_a_name_starts_nothing(linux: Linux, words: list[str]):
+    assert linux.run(*words) == 1
+    assert "Error: --torch needs a name.\n  For instance: ./install.sh --torch cu126" in linux.output
+    assert linux.calls == []
+
+
 def test_run_again_in_a_clone_it_updates_side_step_first(linux: Linux):
     (linux.folder / ".git").mkdir()
     linux.run("--yes")
