@@ -8,7 +8,7 @@ from typing import Any
 
 from sidestep.config.flags import COMMANDS
 from sidestep.config.presets import read_preset, save_preset
-from sidestep.config.rank_map import read_rank_map
+from sidestep.config.rank_map import RANK_MAP_FILE, RankMap, read_rank_map
 from sidestep.config.recipe import RECIPE_PINS, resolve_recipe
 from sidestep.config.resolve import resolve_training
 from sidestep.config.runs import checkpoints_in
@@ -42,6 +42,7 @@ MODEL, PREPROCESSING, ADAPTER, TRAINING, OBJECTIVE, DEVICE = (
 )
 MARKED = (ADAPTER, TRAINING, OBJECTIVE)
 DECIDED_BY_MAP = ("rank", "target_modules", "attention_type")
+FIRST = ("adapter_type", "rank_map")  # Of their group: they decide which of the other questions there are.
 # As declared, but what happens first is asked first, and the device, which is found by itself, last.
 ORDER = (
     MODEL,
@@ -213,7 +214,34 @@ def _setting_questions(adapter_type: str | None, known: Known) -> list[Question]
     own |= {"preprocess", "audio_dir", "tensor_output", "resume_from"}
     others = [setting for setting in SETTINGS.values() if setting.name not in own]
     questions = [_recipe_question(known), *(_training_question(setting, adapter_type, known) for setting in others)]
-    return sorted(questions, key=lambda question: ORDER.index(question.group))
+    return sorted(questions, key=lambda question: (ORDER.index(question.group), question.name not in FIRST))
+
+
+def _map_question(setting: Setting, known: Known, applies: Callable[[Form], bool]) -> Question:
+    """Which rank map to train with; asked of everyone where one for this model lies beside the dataset."""
+    read = cache(_map_in)
+
+    def beside_dataset(form: Form) -> Path | None:
+        folder, checkpoint = form["dataset_dir"], checkpoint_of(form)
+        found = read(folder) if folder and checkpoint else None
+        fits = found and checkpoint and found.origin.model_variant == checkpoint.variant
+        return folder / RANK_MAP_FILE if fits else None
+
+    return question_of(
+        setting,
+        suggest=lambda form: known(form).get(setting.name) or beside_dataset(form),
+        applies=applies,
+        is_needed=lambda form: setting.name not in known(form) and beside_dataset(form) is not None,
+        check=_what_is_wrong_with_map,
+    )
+
+
+def _map_in(folder: Path) -> RankMap | None:
+    """The rank map beside a dataset; None where there is none that can be read."""
+    try:
+        return read_rank_map(folder / RANK_MAP_FILE)
+    except (DataError, OSError):
+        return None
 
 
 def _what_is_wrong_with_map(form: Form, path: Path | None) -> str:
@@ -244,7 +272,7 @@ def _training_question(setting: Setting, adapter_type: str | None, known: Known)
     if setting.name == "alpha":
         return question_of(setting, suggest=lambda form: _suggested_alpha(form, known(form)), applies=applies)
     if setting.name == "rank_map":
-        return question_of(setting, suggest=suggest, applies=applies, check=_what_is_wrong_with_map)
+        return _map_question(setting, known, applies)
     if setting.name == "adapter_type" and adapter_type:
         return question_of(setting, ask="advanced", suggest=lambda form: adapter_type, applies=applies)
     return question_of(setting, suggest=suggest, applies=applies)

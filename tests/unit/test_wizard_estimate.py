@@ -13,6 +13,8 @@ from sidestep.config.tasks import EstimateConfig, check_estimate
 from sidestep.ui.command_line import Plan, words_of
 from sidestep.ui.estimate_flow import ORDER
 from tests.unit.stage import BACK, DOWN, ENTER, LEAVE, SPACE, Stage, down, stage, typed
+from tests.unit.training_keys import LOKR, LORA, basic
+from tests.unit.training_keys import config_of as run_of
 
 __all__ = ["stage"]
 ESTIMATE = down(4)
@@ -41,9 +43,9 @@ def typed_again(plan: Plan) -> Plan:
     return Plan(words.command, words.values)
 
 
-def make_map(path: Path) -> None:
+def make_map(path: Path, *, variant: str = "turbo") -> None:
     """Write a rank map, as far as it is looked at without torch."""
-    words = {"sidestep_version": "1", "method": "cross-fit", "granularity": "module", "model_variant": "turbo"}
+    words = {"sidestep_version": "1", "method": "cross-fit", "granularity": "module", "model_variant": variant}
     origin = Origin(**words, seed=1, draws=1, songs=4, timestep_range=(0.0, 1.0), model="m", dataset="d", recipe="r",
                     objective="o")  # fmt: skip
     modules = (ModuleRank(name="layers.0.self_attn.q_proj", rank=8, cost=16, score=1.0),)
@@ -151,6 +153,37 @@ def test_another_preset_is_not_overridden_by_what_the_map_was_made_with(stage: S
     stage.play(ESTIMATE, *keys[:-1], typed("30"), START, ENTER, down(1), *[ENTER] * 12, START)
     assert "chunk_duration" not in stage.started[1].values
     assert stage.started[1].values["rank_map"] == data / "rank_map.json"
+
+
+def test_a_map_beside_the_dataset_is_found_and_may_be_declined(stage: Stage):
+    data = stage.tensors()
+    make_map(data / "rank_map.json")
+    forward = basic(data)
+    # The map takes the rank's place; declined, the rank is asked after all.
+    stage.play(LORA, *forward, START)
+    stage.play(LORA, *forward[:6], typed(""), typed("16"), *forward[7:], START)
+    with_map, without = (run_of(plan) for plan in stage.started)
+    assert (with_map.dataset_dir, with_map.rank_map) == (data, data / "rank_map.json")
+    assert (without.rank_map, without.rank) == (None, 16)
+
+
+@pytest.mark.parametrize("reason", ["damaged", "a folder", "another model"])
+def test_a_map_that_cannot_be_trained_with_is_not_suggested(stage: Stage, reason: str):
+    data = stage.tensors()
+    path = data / "rank_map.json"
+    make_map(path, variant="base") if reason == "another model" else None
+    path.write_text("{") if reason == "damaged" else None
+    path.mkdir() if reason == "a folder" else None
+    stage.play(LORA, *basic(data), START)
+    assert "rank_map" not in stage.started[0].values
+    assert set(stage.started[0].values) == {"checkpoint_dir", "dataset_dir", "output_dir"}
+
+
+def test_an_adapter_without_ranks_of_its_own_is_offered_no_map(stage: Stage):
+    data = stage.tensors()
+    make_map(data / "rank_map.json")
+    stage.play(LOKR, *basic(data), START)
+    assert "rank_map" not in stage.started[0].values
 
 
 def test_preprocessing_leads_to_it(stage: Stage):

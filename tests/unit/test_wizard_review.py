@@ -59,7 +59,7 @@ def test_time_and_memory_are_those_of_a_run_like_this_one(stage: Stage):
 def test_a_group_can_be_changed_in_the_review(stage: Stage):
     forward = basic(stage.tensors())
     asked = [s for s in settings_of(TrainConfig) if s.group == "Adapter" and (not s.when or "lora" in s.when.values)]
-    adapter = [ENTER, typed("12"), *[ENTER] * (len(asked) - 2)]
+    adapter = [ENTER, ENTER, typed("12"), *[ENTER] * (len(asked) - 3)]  # The second: no rank map.
     stage.play(LORA, *forward, CHANGE, *pick_group("Adapter"), *adapter, START)
     (plan,) = stage.started
     assert plan.values["rank"] == 12

@@ -207,7 +207,7 @@ def test_everything_asks_the_marked_groups_in_full(stage: Stage):
     data = stage.tensors()
     # Only the group Adapter stays marked: Training and Objective are unmarked on the way down.
     groups = DOWN * 3 + SPACE + DOWN + SPACE + ENTER
-    adapter = [ENTER, typed("8"), ENTER, typed("0.25")]
+    adapter = [ENTER, ENTER, typed("8"), ENTER, typed("0.25")]  # The second: no rank map.
     keys = [FRESH, EVERYTHING, groups, *MODEL, typed(data), ENTER, *adapter]
     _, screen = stage.play(LORA, *keys, LEAVE)
     assert "Groups: Adapter" in screen
