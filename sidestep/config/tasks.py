@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from sidestep.config.adapter import TARGET_MODULES
+from sidestep.config.rank_map import RANK_MAP_FILE
 from sidestep.config.recipe import RECIPE_PINS
 from sidestep.config.settings import Range, Values, When, flag_of, option, same_as, settings_of, show_value
 from sidestep.config.train import TrainConfig
@@ -84,7 +85,7 @@ class EstimateConfig:
         in_presets=False,
     )
     output: Path | None = option(
-        "The rank map to write; a heat map (.png) lies beside it.",
+        "The rank map to write, a name that ends in .json; a heat map (.png) lies beside it.",
         group="Model and paths",
         default=None,
         shown_default="{dataset-dir}/rank_map.json",
@@ -190,6 +191,8 @@ def check_estimate(config: EstimateConfig, given: Values) -> None:
     """Raise ConfigError for settings of `estimate` that cannot be meant together; `given` are those that were typed."""
     focus_range(config.timestep_focus)
     problems = []
+    if config.output is not None and (wrong := what_is_wrong_with_map_file(config.output)):
+        problems.append(wrong)
     if config.rank_min > config.rank_max:
         problems.append(f"--rank-min {config.rank_min} is larger than --rank-max {config.rank_max}.")
     outside = [name for name in config.uniform_modules if name not in config.target_modules]
@@ -211,6 +214,19 @@ def check_estimate(config: EstimateConfig, given: Values) -> None:
     ]
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def what_is_wrong_with_map_file(path: Path) -> str:
+    """Why a rank map cannot be written under this name; nothing when it can."""
+    if path.is_dir():
+        return f"--output {path} is a folder: name the file in it, for example {path / RANK_MAP_FILE}"
+    if path.suffix.lower() != ".json":
+        example = path.with_name(RANK_MAP_FILE)
+        return (
+            f"--output {path} does not end in .json: the picture and the directions lie beside the map under its name "
+            f"with other endings. Name it {example}, for example."
+        )
+    return ""
 
 
 def focus_range(text: str) -> tuple[float, float]:

@@ -8,7 +8,14 @@ from sidestep.config.presets import read_preset
 from sidestep.config.rank_map import RANK_MAP_FILE
 from sidestep.config.recipe import RECIPE_PINS, resolve_recipe
 from sidestep.config.settings import Setting, build, settings_of
-from sidestep.config.tasks import BUDGET, EstimateConfig, check_estimate, focus_range, run_of
+from sidestep.config.tasks import (
+    BUDGET,
+    EstimateConfig,
+    check_estimate,
+    focus_range,
+    run_of,
+    what_is_wrong_with_map_file,
+)
 from sidestep.config.train import TrainConfig
 from sidestep.errors import ConfigError, SidestepError
 from sidestep.ui.command_line import Plan
@@ -92,6 +99,8 @@ def _question(setting: Setting) -> Question:
     }
     if setting.name == "timestep_focus":
         changes["check"] = _what_is_wrong_with_focus
+    if setting.name == "output":
+        changes["check"] = lambda form, path: what_is_wrong_with_map_file(path) if path else ""
     return question_of(setting, **changes)
 
 

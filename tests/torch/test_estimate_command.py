@@ -65,4 +65,11 @@ def test_what_cannot_be_is_said_before_anything_is_computed(
     assert "does not pay for any module" in capsys.readouterr().err
     assert main(typed(base, songs, "--timestep-focus", "0.31,0.32", "--timestep-mode", "discrete")) == 2
     assert "trains no timestep from 0.31 to 0.32" in capsys.readouterr().err
+    assert main(typed(base, songs, "--output", str(songs))) == 2
+    assert "is a folder" in capsys.readouterr().err
+    (tmp_path / "file").write_text("no folder")
+    assert main(typed(base, songs, "--output", str(tmp_path / "file" / "map.json"))) == 1
+    said = capsys.readouterr()
+    assert "cannot be written" in said.err
+    assert "Estimating" not in said.out + said.err
     assert not (songs / "rank_map.json").exists()

@@ -63,6 +63,10 @@ def test_any_other_focus_is_refused(text: str):
         ({"target_modules": "q_proj"}, "--uniform-modules has k_proj"),
         ({"recipe": "vanilla", "cfg_ratio": 0.2}, "--cfg-ratio is no choice with --recipe vanilla"),
         ({"chunk_duration": 0.5}, "--chunk-duration takes 0"),
+        ({"output": "maps/mine.png"}, r"does not end in .json.* Name it maps.rank_map.json"),
+        ({"output": "mine.safetensors"}, "does not end in .json"),
+        ({"output": "mine"}, "does not end in .json"),
+        ({"output": "."}, "is a folder: name the file in it, for example rank_map.json"),
     ],
 )
 def test_contradictions_are_named(typed: dict[str, object], said: str):

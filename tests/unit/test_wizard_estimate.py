@@ -126,6 +126,16 @@ def test_a_contradiction_is_said_in_the_review(stage: Stage):
     assert "--chunk-duration takes 0 (whole songs) or at least 1 second." in " ".join(screen.split())
 
 
+def test_a_place_that_the_map_cannot_have_is_refused_where_it_is_asked(stage: Stage):
+    folder = stage.tensors()
+    (stage.folder / "a.json").mkdir()
+    paths = [ENTER, ENTER, typed(folder), typed("map.png"), typed("a.json"), typed("map.json")]
+    _, screen = stage.play(ESTIMATE, *forward(folder), CHANGE, ENTER, *paths, START)
+    assert "does not end in .json" in " ".join(screen.split())
+    assert "is a folder" in " ".join(screen.split())
+    assert stage.started[0].values["output"] == Path("map.json")
+
+
 def test_a_map_leads_to_the_run_that_it_was_made_for(stage: Stage):
     data = stage.tensors()
     save_preset("mine", resolve_training("fixed", {"dataset_dir": "a", "output_dir": "b", "epochs": 3}).config)
