@@ -22,6 +22,7 @@ DIRECTIONS_SUFFIX = ".safetensors"
 MAP_LIMIT = 10_000_000  # bytes; XL has 352 modules at 300 bytes each
 MAX_RANK = 4096
 ORIGIN_WORDS = ("model_variant", "model", "dataset", "recipe", "objective", "method")
+MEASURES_GAINS = ("cross-fit",)  # Methods that measure what ranks gain and test it; the others only order modules.
 AGAIN = "Make it anew: train.py estimate with the same --model-variant and --dataset-dir as this run."
 
 
@@ -30,7 +31,8 @@ class ModuleRank:
     """One module: `rank` (0 excludes it), the parameters a rank costs (in + out), and what was measured.
 
     `score` is what the method ranks by, `low` and `high` its 95 % interval over songs (None where the method has none).
-    `stands_out`: the score is beyond chance, also among so many modules. `gradient_norm` is the mean over draws.
+    `stands_out`: the score is beyond chance, also among so many modules; None where the method does not test it.
+    `gradient_norm` is the mean over draws.
     """
 
     name: str
@@ -39,7 +41,7 @@ class ModuleRank:
     score: float
     low: float | None = None
     high: float | None = None
-    stands_out: bool = False
+    stands_out: bool | None = None
     gradient_norm: float | None = None
 
 
@@ -60,13 +62,18 @@ class Origin:
     recipe: str
     objective: str
 
+    @property
+    def measures_gains(self) -> bool:
+        """Return whether the method measured gains and held them against chance."""
+        return self.method in MEASURES_GAINS
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
     """The parameters a map may spend and does spend, and the bounds of its ranks.
 
     `suggested_rank` and `suggested_parameters`: the smallest uniform rank, and the smallest size of a map, that capture
-    90 % of the usable signal; None where nothing usable was found.
+    90 % of the usable signal; None where nothing usable was found, or the method does not measure it.
     """
 
     parameters: int
@@ -244,7 +251,7 @@ def _is_good(module: ModuleRank) -> bool:
         and 0 <= module.rank <= MAX_RANK
         and _is_whole(module.cost)
         and module.cost > 0
-        and isinstance(module.stands_out, bool)
+        and (module.stands_out is None or isinstance(module.stands_out, bool))
         and _is_number(module.score)
         and all(value is None or _is_number(value) for value in (module.low, module.high, module.gradient_norm))
     )

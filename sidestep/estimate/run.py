@@ -92,7 +92,7 @@ def _module(name: str, row: int, rank: int, cost: int, found: Found) -> ModuleRa
         score=float(found.score_M[row]),
         low=None if scores is None else float(scores.low_M[row]),
         high=None if scores is None else float(scores.high_M[row]),
-        stands_out=isinstance(scores, CrossFit) and bool(scores.stands_out_M[row]),
+        stands_out=bool(scores.stands_out_M[row]) if isinstance(scores, CrossFit) else None,
         gradient_norm=None if norms_M is None else float(norms_M[row]),
     )
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.text import Text
 
 from sidestep.config.adapter import TARGET_MODULES
-from sidestep.config.rank_map import ModuleRank, RankMap
+from sidestep.config.rank_map import ModuleRank, Origin, RankMap
 from sidestep.files import write_whole
 from sidestep.ui.console import Console
 
@@ -37,7 +37,7 @@ def show_rank_map(console: Console, rank_map: RankMap, *, top: int) -> None:
     strongest = sorted(rank_map.modules, key=lambda module: -module.score)[:top]
     total = sum(max(0.0, module.score) for module in rank_map.modules) or 1.0
     columns = ("module", "rank", "share", "95 % interval", "")
-    console.table("Strongest", [_row(module, total) for module in strongest], columns)
+    console.table("Strongest", [_row(module, total, rank_map.origin) for module in strongest], columns)
     console.table("Budget", _budget(rank_map))
 
 
@@ -122,11 +122,11 @@ def _colour(heat: float) -> Heat:
     return red, green, blue
 
 
-def _row(module: ModuleRank, total: float) -> Sequence[str]:
+def _row(module: ModuleRank, total: float, origin: Origin) -> Sequence[str]:
     interval = (
         "" if module.low is None or module.high is None else f"{module.low / total:.1%} to {module.high / total:.1%}"
     )
-    doubt = "" if module.stands_out or module.low is None else "not beyond chance"
+    doubt = "not beyond chance" if origin.measures_gains and not module.stands_out else ""
     return module.name, str(module.rank), f"{module.score / total:.1%}", interval, doubt
 
 
@@ -141,8 +141,8 @@ def _budget(rank_map: RankMap) -> list[tuple[str, str]]:
     if budget.suggested_parameters is not None:
         rows.append(("parameters for 90 % of what is usable", f"about {budget.suggested_parameters:,}"))
     origin = rank_map.origin
-    sure = sum(module.stands_out for module in rank_map.modules)
-    if origin.method == "cross-fit":
+    sure = sum(bool(module.stands_out) for module in rank_map.modules)
+    if origin.measures_gains:
         rows.append(("beyond chance", f"{sure} of {len(rank_map.modules)} modules, from {origin.draws} draws"))
     return rows
 

@@ -1,19 +1,21 @@
 """A rank map to look at: in the terminal, and as an image."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from sidestep.config.rank_map import RankMap
 from sidestep.ui.console import Console
 from sidestep.ui.heatmap import heat_image, show_rank_map, write_heat_image
 from tests.unit.test_rank_map import a_map
 
 
-def shown() -> str:
+def shown(rank_map: RankMap | None = None, *, top: int = 2) -> str:
     stream = io.StringIO()
-    show_rank_map(Console(stream, is_plain=True), a_map(), top=2)
+    show_rank_map(Console(stream, is_plain=True), rank_map or a_map(), top=top)
     return stream.getvalue()
 
 
@@ -31,6 +33,17 @@ def test_the_strongest_come_first_with_their_share_and_how_sure_it_is():
     assert "layers.0.self_attn.q_proj" in lines[at + 1]
     assert "4.3% to 25.7%" in lines[at + 1]
     assert "layers.0.self_attn.k_proj" not in shown()
+
+
+def test_doubt_is_told_where_the_method_tests_against_chance_and_nowhere_else():
+    tested = a_map()
+    assert shown(tested, top=3).count("not beyond chance") == 1
+    assert "2 of 3 modules, from 128 draws" in shown(tested)
+    for stands_out in (None, False):  # Older maps say False where nothing was tested.
+        modules = tuple(replace(module, stands_out=stands_out) for module in tested.modules)
+        untested = replace(tested, modules=modules, origin=replace(tested.origin, method="grad-norm"))
+        assert "4.3% to 25.7%" in shown(untested)
+        assert "beyond chance" not in shown(untested, top=3)
 
 
 def test_the_budget_is_told_to_the_parameter():

@@ -26,8 +26,8 @@ from sidestep.errors import DataError, ModelError
 def a_map() -> RankMap:
     modules = (
         ModuleRank(name="layers.0.self_attn.q_proj", rank=8, cost=96, score=1 / 3, low=0.1, high=0.6, stands_out=True),
-        ModuleRank(name="layers.0.self_attn.k_proj", rank=0, cost=80, score=-0.01, low=-0.2, high=0.2),
-        ModuleRank(name="layers.0.mlp.down_proj", rank=16, cost=144, score=2.0),
+        ModuleRank(name="layers.0.self_attn.k_proj", rank=0, cost=80, score=-0.1, low=-0.2, high=0.2, stands_out=False),
+        ModuleRank(name="layers.0.mlp.down_proj", rank=16, cost=144, score=2.0, stands_out=True),
     )
     origin = Origin(
         sidestep_version="0.1.0",
