@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from sidestep.config.rank_map import Budget
+from sidestep.config.rank_map import MEASURES_GAINS, Budget
 from sidestep.config.tasks import EstimateConfig
 from sidestep.errors import ConfigError
 from sidestep.estimate.allocation import Unit, allocate, suggested_parameters, suggested_rank, uniform_rank
@@ -22,10 +22,10 @@ def divide(
     """
     uniform = uniform_names(config, costs)
     budget = config.parameters or config.rank * sum(costs[name] for name in uniform)
+    suggestions: tuple[int | None, int | None] = (None, None)
     if gains_MR is None:
         rank = min(uniform_rank([costs[name] for name in uniform], budget=budget), *(limits[n] for n in uniform))
         ranks = {name: rank if name in set(uniform) else 0 for name in costs}
-        suggestions: tuple[int | None, int | None] = (None, None)
     else:
         groups = _groups(list(costs), config.granularity)
         units = [_unit([list(costs).index(name) for name in group], group, costs, limits, gains_MR) for group in groups]
@@ -33,7 +33,8 @@ def divide(
         of_unit = allocate(units, budget=budget, **bounds)
         given = {name: rank for group, rank in zip(groups, of_unit, strict=True) for name in group}
         ranks = {name: given[name] for name in costs}
-        suggestions = (suggested_rank(units), suggested_parameters(units, **bounds))
+        if config.method in MEASURES_GAINS:  # Those of other methods are made up for the division alone.
+            suggestions = (suggested_rank(units), suggested_parameters(units, **bounds))
     spent = sum(rank * costs[name] for name, rank in ranks.items())
     if not spent:
         raise ConfigError(

@@ -77,6 +77,7 @@ def test_the_budget_is_the_uniform_adapters_and_is_kept(songs: Path, base: Check
     assert rank_map.budget.parameters == uniform
     assert uniform - min(costs.values()) < rank_map.budget.spent <= uniform
     assert run(config(songs, parameters=5000), base)[0].budget.spent <= 5000
+    assert rank_map.budget.suggested_rank is not None and rank_map.budget.suggested_parameters is not None
 
 
 def test_every_projection_of_every_block_is_looked_at(songs: Path, base: Checkpoint):
@@ -102,6 +103,8 @@ def test_the_other_methods_write_the_same_kind_of_map(method: str, songs: Path, 
     write_rank_map(tmp_path / "map.json", rank_map)
     read = read_rank_map(tmp_path / "map.json")
     assert read.origin.method == method
+    assert {module.stands_out for module in read.modules} == {None}
+    assert (read.budget.suggested_rank, read.budget.suggested_parameters) == (None, None)
     assert read.budget.spent <= read.budget.parameters
     assert run(config(songs, method=method, rank_max=8), base)[0] == rank_map
 
