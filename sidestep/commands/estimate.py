@@ -9,7 +9,7 @@ from sidestep.commands.libraries import load_libraries
 from sidestep.commands.train import check_tensors, writable_folder
 from sidestep.config.flags import GlobalConfig
 from sidestep.config.places import default_checkpoint_dir, product_version
-from sidestep.config.rank_map import RANK_MAP_FILE, RankMap, write_rank_map
+from sidestep.config.rank_map import RANK_MAP_FILE, Captured, RankMap, write_rank_map
 from sidestep.config.settings import build, idle_settings, parse_values, settings_of
 from sidestep.config.tasks import EstimateConfig, check_estimate
 from sidestep.config.train import TrainConfig
@@ -35,7 +35,7 @@ def run(values: Mapping[str, Any], *, screen: GlobalConfig) -> int:
     checkpoint = find_checkpoint(
         config.checkpoint_dir or default_checkpoint_dir(), config.model_variant, base_model=config.base_model
     )
-    output = config.output or config.dataset_dir / RANK_MAP_FILE
+    output = _output(config)
     quiet_libraries()
     open_log(writable_folder(output.parent) / LOG_NAME)
     with ExitStack() as stack:
@@ -48,16 +48,19 @@ def run(values: Mapping[str, Any], *, screen: GlobalConfig) -> int:
         write_rank_map(output, found.rank_map)
         if config.save_directions:
             write_directions(output, found.directions)
-    _show(config, given, found.rank_map, output, console)
+    _show(config, given, found.rank_map, found.captured, console)
     if config.verify:
         _verify(config, output, checkpoint, console)
     return 0
 
 
-def _show(config: EstimateConfig, given: Mapping[str, Any], rank_map: RankMap, output: Path, console: Console) -> None:
+def _show(
+    config: EstimateConfig, given: Mapping[str, Any], rank_map: RankMap, captured: Captured | None, console: Console
+) -> None:
     from sidestep.ui.heatmap import heat_image, show_rank_map, write_heat_image
 
-    show_rank_map(console, rank_map, top=config.top_k)
+    output = _output(config)
+    show_rank_map(console, rank_map, captured, top=config.top_k)
     image = heat_image(rank_map)
     write_heat_image(output.with_suffix(".png"), image)
     if config.log_dir is not None:
@@ -100,6 +103,10 @@ def _verdict(gain: float, error: float | None, *, samples: int) -> str:
 
 def _with_error(value: float, error: float | None) -> str:
     return f"{value:.5f}" if error is None else f"{value:.5f} +- {error:.5f}"
+
+
+def _output(config: EstimateConfig) -> Path:
+    return config.output or config.dataset_dir / RANK_MAP_FILE
 
 
 def _next_command(config: EstimateConfig, given: Mapping[str, Any], output: Path) -> str:

@@ -85,6 +85,15 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Captured:
+    """Which share of the usable signal, from 0 to 1, a map captures, and a uniform adapter of the budget's size."""
+
+    by_map: float
+    by_uniform: float
+    uniform_rank: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RankMap:
     """All modules that were looked at, in the model's order."""
 

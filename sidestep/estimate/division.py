@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from sidestep.config.rank_map import MEASURES_GAINS, Budget
+from sidestep.config.rank_map import MEASURES_GAINS, Budget, Captured
 from sidestep.config.tasks import EstimateConfig
 from sidestep.errors import ConfigError
-from sidestep.estimate.allocation import Unit, allocate, suggested_parameters, suggested_rank, uniform_rank
+from sidestep.estimate.allocation import Unit, allocate, captured, suggested_parameters, suggested_rank, uniform_rank
 from sidestep.estimate.scores import Array
 
 
@@ -69,6 +69,28 @@ def check_equal_size(config: EstimateConfig, costs: Mapping[str, int]) -> None:
 def uniform_names(config: EstimateConfig, names: Iterable[str]) -> list[str]:
     """Return which of the modules that are looked at a uniform adapter would have."""
     return [name for name in names if name.rsplit(".", 1)[1] in config.uniform_modules]
+
+
+def what_it_captures(
+    config: EstimateConfig,
+    costs: Mapping[str, int],
+    limits: Mapping[str, int],
+    gains_MR: Array | None,
+    *,
+    budget: Budget,
+    ranks: Mapping[str, int],
+) -> Captured | None:
+    """Return what these ranks capture and what a uniform adapter of the budget would; None without measured gains."""
+    if gains_MR is None or config.method not in MEASURES_GAINS:
+        return None
+    units = [_unit([row], [name], costs, limits, gains_MR) for row, name in enumerate(costs)]
+    uniform = uniform_names(config, costs)
+    rank = uniform_rank([costs[name] for name in uniform], budget=budget.parameters)
+    return Captured(
+        by_map=captured(units, [ranks[name] for name in costs]),
+        by_uniform=captured(units, [rank if name in uniform else 0 for name in costs]),
+        uniform_rank=rank,
+    )
 
 
 def _groups(names: Sequence[str], granularity: str) -> list[list[str]]:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sidestep.config.rank_map import ModuleRank, Origin, RankMap, recipe_fingerprint
+from sidestep.config.rank_map import Captured, ModuleRank, Origin, RankMap, recipe_fingerprint
 from sidestep.config.tasks import EstimateConfig, focus_range
 from sidestep.errors import RunError
-from sidestep.estimate.division import check_equal_size, divide
+from sidestep.estimate.division import check_equal_size, divide, what_it_captures
 from sidestep.estimate.methods import METHODS, Found
 from sidestep.estimate.question import Question, prepare
 from sidestep.estimate.scores import CrossFit
@@ -24,9 +24,13 @@ STAGE = "Estimating"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A rank map, and the strongest input directions [rank, inputs] of its modules where the method knows them."""
+    """A rank map, what it captures, and the strongest input directions [rank, inputs] of its modules.
+
+    The last two are None and empty where the method does not know them.
+    """
 
     rank_map: RankMap
+    captured: Captured | None
     directions: Mapping[str, Tensor]
 
 
@@ -41,7 +45,8 @@ def estimate(config: EstimateConfig, *, checkpoint: Checkpoint, version: str, em
     check_equal_size(config, costs)
     found = _measure(question)
     limits = {name: min(shape) for name, shape in question.shapes.items()}
-    budget, ranks = divide(config, costs, limits, None if _is_noise(found, emit) else found.gains_MR)
+    gains_MR = None if _is_noise(found, emit) else found.gains_MR
+    budget, ranks = divide(config, costs, limits, gains_MR)
     modules = tuple(_module(name, row, ranks[name], costs[name], found) for row, name in enumerate(costs))
     rank_map = RankMap(origin=_origin(question, checkpoint, version), budget=budget, modules=modules)
     directions = {
@@ -49,7 +54,8 @@ def estimate(config: EstimateConfig, *, checkpoint: Checkpoint, version: str, em
         for name, rank in rank_map.ranks.items()
         if name in found.directions
     }
-    return Estimate(rank_map=rank_map, directions=directions)
+    captured = what_it_captures(config, costs, limits, gains_MR, budget=budget, ranks=ranks)
+    return Estimate(rank_map=rank_map, captured=captured, directions=directions)
 
 
 def _measure(question: Question) -> Found:

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.text import Text
 
 from sidestep.config.adapter import TARGET_MODULES
-from sidestep.config.rank_map import ModuleRank, Origin, RankMap
+from sidestep.config.rank_map import Captured, ModuleRank, Origin, RankMap
 from sidestep.files import write_whole
 from sidestep.ui.console import Console
 
@@ -30,7 +30,7 @@ MIDDLE = (196, 60, 96)
 Heat = tuple[int, int, int]
 
 
-def show_rank_map(console: Console, rank_map: RankMap, *, top: int) -> None:
+def show_rank_map(console: Console, rank_map: RankMap, captured: Captured | None, *, top: int) -> None:
     """Print the heat map of scores with ranks in it, the `top` strongest, and what the budget buys."""
     console.heading("Ranks by layer and projection (brighter: more to gain)")
     _grid(console, rank_map)
@@ -38,7 +38,7 @@ def show_rank_map(console: Console, rank_map: RankMap, *, top: int) -> None:
     total = sum(max(0.0, module.score) for module in rank_map.modules) or 1.0
     columns = ("module", "rank", "share", "95 % interval", "")
     console.table("Strongest", [_row(module, total, rank_map.origin) for module in strongest], columns)
-    console.table("Budget", _budget(rank_map))
+    console.table("Budget", _budget(rank_map, captured))
 
 
 def heat_image(rank_map: RankMap) -> NDArray[np.uint8]:
@@ -130,12 +130,15 @@ def _row(module: ModuleRank, total: float, origin: Origin) -> Sequence[str]:
     return module.name, str(module.rank), f"{module.score / total:.1%}", interval, doubt
 
 
-def _budget(rank_map: RankMap) -> list[tuple[str, str]]:
+def _budget(rank_map: RankMap, captured: Captured | None) -> list[tuple[str, str]]:
     budget, ranks = rank_map.budget, rank_map.ranks
     rows = [
         ("parameters", f"{budget.spent:,} of {budget.parameters:,}"),
         ("modules", f"{len(ranks)} of {len(rank_map.modules)}, ranks {min(ranks.values())} to {max(ranks.values())}"),
     ]
+    if captured is not None:
+        uniform = f"a uniform rank of {captured.uniform_rank} {captured.by_uniform:.1%}"
+        rows.append(("captures of what is usable", f"{captured.by_map:.1%}, {uniform}"))
     if budget.suggested_rank is not None:
         rows.append(("uniform rank for 90 % of what is usable", str(budget.suggested_rank)))
     if budget.suggested_parameters is not None:

@@ -32,6 +32,7 @@ def test_the_map_lies_beside_the_songs_with_its_picture_and_the_command_that_use
     shown = capsys.readouterr().out
     rank_map = read_rank_map(songs / "rank_map.json")
     assert f"{rank_map.budget.spent:,} of {rank_map.budget.parameters:,}" in shown
+    assert "captures of what is usable" in shown
     assert shown.count("layers.") == 3
     assert Image.open(songs / "rank_map.png").size[0] > 300
     board = EventAccumulator(str(tmp_path / "board")).Reload()

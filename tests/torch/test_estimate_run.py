@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 
-from sidestep.config.rank_map import RankMap, open_rank_map, read_rank_map, write_rank_map
+from sidestep.config.rank_map import Captured, RankMap, open_rank_map, read_rank_map, write_rank_map
 from sidestep.config.runs import CHECKPOINTS, LORA_CONFIG
 from sidestep.config.tasks import EstimateConfig
 from sidestep.errors import ConfigError, DataError, ModelError, RunError
@@ -78,6 +78,21 @@ def test_the_budget_is_the_uniform_adapters_and_is_kept(songs: Path, base: Check
     assert uniform - min(costs.values()) < rank_map.budget.spent <= uniform
     assert run(config(songs, parameters=5000), base)[0].budget.spent <= 5000
     assert rank_map.budget.suggested_rank is not None and rank_map.budget.suggested_parameters is not None
+
+
+@pytest.mark.parametrize("granularity", ["module", "layer"])
+def test_what_the_map_captures_is_told_beside_the_uniform_adapter(granularity: str, songs: Path, base: Checkpoint):
+    def captured(**changes: Any) -> Captured | None:
+        settings = config(songs, granularity=granularity, **changes)
+        return estimate(settings, checkpoint=base, version="1", emit=lambda event: None).captured
+
+    found, smaller = captured(), captured(rank=2)
+    assert found and smaller
+    assert (found.uniform_rank, smaller.uniform_rank) == (4, 2)
+    assert 0 < smaller.by_uniform < found.by_uniform < 1
+    assert smaller.by_map < found.by_map <= 1
+    assert found.by_map > found.by_uniform
+    assert captured(method="grad-norm") is None
 
 
 def test_every_projection_of_every_block_is_looked_at(songs: Path, base: Checkpoint):
@@ -214,7 +229,10 @@ def test_a_map_without_anything_that_stands_out_is_uniform_and_says_so(
         return genuine(values, parts * signs, songs_, seed=seed)
 
     monkeypatch.setattr(methods, "cross_fit", noise)
-    rank_map, events = run(config(songs), base)
+    events: list[Event] = []
+    found = estimate(config(songs), checkpoint=base, version="1", emit=events.append)
+    rank_map = found.rank_map
+    assert found.captured is None
     assert any(isinstance(event, Notice) and "Nothing stands out" in event.text for event in events)
     assert set(rank_map.ranks.values()) == {4}
     assert len(rank_map.ranks) == 4 * 8

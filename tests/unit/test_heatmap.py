@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sidestep.config.rank_map import RankMap
+from sidestep.config.rank_map import Captured, RankMap
 from sidestep.ui.console import Console
 from sidestep.ui.heatmap import heat_image, show_rank_map, write_heat_image
 from tests.unit.test_rank_map import a_map
 
 
-def shown(rank_map: RankMap | None = None, *, top: int = 2) -> str:
+def shown(rank_map: RankMap | None = None, captured: Captured | None = None, *, top: int = 2) -> str:
     stream = io.StringIO()
-    show_rank_map(Console(stream, is_plain=True), rank_map or a_map(), top=top)
+    show_rank_map(Console(stream, is_plain=True), rank_map or a_map(), captured, top=top)
     return stream.getvalue()
 
 
@@ -49,6 +49,11 @@ def test_doubt_is_told_where_the_method_tests_against_chance_and_nowhere_else():
 def test_the_budget_is_told_to_the_parameter():
     assert "3,072 of 4,000" in shown()
     assert "2 of 3, ranks 8 to 16" in shown()
+
+
+def test_what_the_budget_buys_stands_beside_what_a_uniform_adapter_would_capture():
+    assert "50.0%, a uniform rank of 4 25.0%" in shown(captured=Captured(by_map=0.5, by_uniform=0.25, uniform_rank=4))
+    assert "captures" not in shown()
 
 
 def test_the_image_is_brighter_where_there_is_more_to_gain(tmp_path: Path):
