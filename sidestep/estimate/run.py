@@ -24,7 +24,7 @@ STAGE = "Estimating"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A rank map, what it captures, and the strongest input directions [rank, inputs] of its modules.
+    """A rank map, what it captures, and the strongest input directions [rank or fewer, inputs] of its modules.
 
     The last two are None and empty where the method does not know them.
     """
@@ -52,7 +52,7 @@ def estimate(config: EstimateConfig, *, checkpoint: Checkpoint, version: str, em
     directions = {
         name: found.directions[name][:, :rank].T.float().cpu().contiguous()
         for name, rank in rank_map.ranks.items()
-        if name in found.directions
+        if name in found.directions and found.directions[name].shape[1]
     }
     captured = what_it_captures(config, costs, limits, gains_MR, budget=budget, ranks=ranks)
     return Estimate(rank_map=rank_map, captured=captured, directions=directions)

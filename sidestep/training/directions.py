@@ -23,7 +23,10 @@ def write_directions(rank_map: Path, directions: Mapping[str, Tensor]) -> None:
 
 
 def read_directions(rank_map: MapFile) -> dict[str, Tensor]:
-    """Read the directions of a map's modules, unit rows in float32; DataError unless they were written for it."""
+    """Read the directions of a map's modules, unit rows in float32; DataError unless they were written for it.
+
+    A module has no more rows than its rank; it may have fewer, or none.
+    """
     path = directions_file(rank_map.path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -36,8 +39,9 @@ def read_directions(rank_map: MapFile) -> dict[str, Tensor]:
         ) from error
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} is damaged: {error}.", hint=AGAIN) from error
-    ranks = {name: value.shape[0] for name, value in found.items()}
-    if header.get(MAP_KEY) != _checksum(rank_map.content) or ranks != rank_map.rank_map.ranks:
+    ranks = rank_map.rank_map.ranks
+    fits = all(len(value) <= ranks.get(name, 0) for name, value in found.items())
+    if header.get(MAP_KEY) != _checksum(rank_map.content) or not fits:
         raise DataError(f"{path} belongs to another rank map.", hint=f"{AGAIN} Add --save-directions.")
     return found
 

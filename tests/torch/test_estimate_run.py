@@ -351,6 +351,23 @@ def test_the_adapter_starts_from_the_strongest_input_directions(
         assert not result.adapter.parameters[f"{name}.lora_B.weight"].any()
 
 
+@pytest.mark.parametrize("method", ["cross-fit", "eva"])
+def test_every_map_with_directions_can_be_started_from(method: str, songs: Path, base: Checkpoint, tmp_path: Path):
+    # More parameters than EVA has directions for, and ranks in eights.
+    settings = config(songs, method=method, rank=2, rank_min=8, rank_max=24, parameters=40_000)
+    found = estimate(settings, checkpoint=base, version="0", emit=lambda event: None)
+    path = tmp_path / "map.json"
+    write_rank_map(path, found.rank_map)
+    write_directions(path, found.directions)
+    fewer = [name for name, rank in found.rank_map.ranks.items() if len(found.directions.get(name, ())) < rank]
+    assert bool(fewer) == (method == "eva")
+    run = prepare(tiny_config(rank_map=path, rank_map_start=True), base, songs, tmp_path / "run")
+    for name, rows in read_directions(open_rank_map(path)).items():
+        weight = run.adapter.parameters[f"{name}.lora_A.weight"].detach()
+        torch.testing.assert_close(weight[: len(rows)], torch.nn.functional.normalize(rows, dim=1) / 3**0.5)
+        assert weight.abs().sum(1).min() > 0  # None of the others lies still.
+
+
 def test_directions_of_another_map_are_refused(rank_map: Path, tmp_path: Path):
     copy = Path(shutil.copy(rank_map, tmp_path))
     with pytest.raises(DataError, match="There are no directions"):

@@ -213,11 +213,11 @@ def plain_loras(adapter: LoraAdapter, decoder: nn.Module) -> dict[str, Lora]:
 
 
 def _start_from(start: Mapping[str, Tensor], trained: Mapping[str, Parameter]) -> None:
-    """Give A these directions. Its rows are drawn from U(-1, 1) / sqrt(inputs), whose length is sqrt(1 / 3)."""
+    """Give A's first rows these directions. A's rows come from U(-1, 1) / sqrt(inputs), of length sqrt(1 / 3)."""
     with torch.no_grad():
         for name, directions in start.items():
             parameter = trained[f"{name}.lora_A.weight"]
-            parameter.copy_(functional.normalize(directions.to(parameter), dim=1) / 3**0.5)
+            parameter[: len(directions)] = functional.normalize(directions.to(parameter), dim=1) / 3**0.5
 
 
 def _set_magnitudes(decoder: nn.Module, modules: Sequence[str]) -> None:
