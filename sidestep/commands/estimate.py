@@ -96,7 +96,7 @@ def _verdict(gain: float, error: float | None, *, samples: int) -> str:
     """Say what the comparison shows, and no more; `samples` is how many runs, or songs where they are fewer."""
     if error is None:
         return "One run, or one held-out song, tells nothing: set --verify-runs and --val-split higher."
-    if abs(gain) < STUDENT.get(samples, 2.0) * error:
+    if abs(gain) <= STUDENT.get(samples, 2.0) * error:  # Nothing and nothing where the map is the uniform one.
         return "No difference beyond chance between the map and the uniform adapter."
     return f"The map is {'better' if gain > 0 else 'worse'} than the uniform adapter on these songs, beyond chance."
 
