@@ -3,6 +3,7 @@
 N draws, M modules, R directions.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ Array = NDArray[np.float64]
 
 RESAMPLES = 1000
 INTERVAL = (2.5, 97.5)
-FALSE_ALARMS = 0.05  # The chance that anything stands out in pure noise.
+FALSE_ALARMS = 0.01  # The chance that anything stands out in pure noise.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +45,8 @@ def cross_fit(values_MR: Array, parts_NMR: Array, songs_N: Sequence[int], *, see
     `values_MR` are singular values of the mean gradient of the first half of the draws, `parts_NMR` the second half's
     gradients along its directions, u_i^T G v_i. Their product sigma_i u_i^T G v_i has mean zero for a direction that is
     only noise, whatever the size of the noise; its sum over i is the first-order loss drop. Intervals are from
-    resampling songs, and their draws within them; whether a module stands out is Student's test, for all together.
+    resampling songs, and their draws within them: how other songs of this kind might score. Whether a module stands out
+    is asked of these songs: by Student's test, over draws, for all modules together.
 
     What a rank is worth is u_i^T G v_i itself, without sigma_i: Adam and its kin step about as far along a weak
     direction as along a strong one, so the loss drop within reach is the sum of singular values, not of their squares.
@@ -53,14 +55,16 @@ def cross_fit(values_MR: Array, parts_NMR: Array, songs_N: Sequence[int], *, see
     score_M = along_NM.mean(0)
     resampled_BM = _weights(songs_N, seed) @ along_NM
     low_M, high_M = np.percentile(resampled_BM, INTERVAL, axis=0)
-    error_M, freedom_M = _errors(along_NM, songs_N)
-    critical_M = stdtrit(freedom_M, 1 - FALSE_ALARMS / len(score_M))
+    draws = len(along_NM)
+    # One draw tells nothing of its error.
+    error_M = along_NM.std(0, ddof=1) / math.sqrt(draws) if draws > 1 else np.full(len(score_M), np.inf)
+    critical = stdtrit(max(1, draws - 1), 1 - FALSE_ALARMS / len(score_M))
     return CrossFit(
         score_M=score_M,
         low_M=low_M,
         high_M=high_M,
         error_M=error_M,
-        stands_out_M=score_M > critical_M * error_M,
+        stands_out_M=score_M > critical * error_M,
         gains_MR=_reliability(score_M, error_M)[:, None] * np.stack([_falling(row) for row in parts_NMR.mean(0)]),
     )
 
@@ -86,27 +90,6 @@ def _reliability(score_M: Array, error_M: Array) -> Array:
     with np.errstate(divide="ignore", invalid="ignore"):
         share_M = 1 - np.square(error_M / score_M)
     return np.where(score_M > 0, np.clip(np.nan_to_num(share_M), 0, 1), 0)
-
-
-def _errors(along_NM: Array, songs_N: Sequence[int]) -> tuple[Array, Array]:
-    """Return the standard error of the mean and its degrees of freedom, [M] each, for draws grouped by song.
-
-    What songs differ by and what the draws of a song differ by are added, each without bias for small numbers; the
-    degrees of freedom of the sum are Satterthwaite's. One draw tells nothing of its error, which is then infinite.
-    """
-    songs = np.asarray(songs_N)
-    count, mean_M = len(songs), along_NM.mean(0)
-    groups = [along_NM[songs == song] for song in sorted(set(songs_N))]
-    if count == 1:
-        return np.full(len(mean_M), np.inf), np.ones(len(mean_M))
-    between_M = sum((len(group) / count) ** 2 * (group.mean(0) - mean_M) ** 2 for group in groups)
-    between_M = np.asarray(between_M) * len(groups) / max(1, len(groups) - 1)
-    within_M = sum((len(group) / count**2) * group.var(0, ddof=1) for group in groups if len(group) > 1)
-    within_M = np.asarray(within_M) + np.zeros_like(mean_M)
-    variance_M = between_M + within_M
-    spread_M = between_M**2 / max(1, len(groups) - 1) + within_M**2 / max(1, count - len(groups))
-    freedom_M = np.divide(variance_M**2, spread_M, out=np.ones_like(mean_M), where=spread_M > 0)
-    return np.sqrt(variance_M), freedom_M
 
 
 def _falling(values_R: Array) -> Array:
