@@ -54,7 +54,7 @@ def run(settings: EstimateConfig, checkpoint: Checkpoint) -> tuple[RankMap, list
 @pytest.fixture(scope="module")
 def rank_map(tmp_path_factory: pytest.TempPathFactory, songs: Path, base: Checkpoint) -> Path:
     """A map with its directions; some modules are left out of it."""
-    settings = config(songs)
+    settings = config(songs, estimate_batches=48)
     found = estimate(settings, checkpoint=base, version="0", emit=lambda event: None)
     path = tmp_path_factory.mktemp("map") / "rank_map.json"
     write_rank_map(path, found.rank_map)
@@ -71,7 +71,7 @@ def test_the_same_seed_gives_the_same_file_and_another_one_another(tmp_path: Pat
 
 
 def test_the_budget_is_the_uniform_adapters_and_is_kept(songs: Path, base: Checkpoint):
-    rank_map, _ = run(config(songs), base)
+    rank_map, _ = run(config(songs, estimate_batches=48), base)
     costs = {module.name: module.cost for module in rank_map.modules}
     uniform = 4 * sum(cost for name, cost in costs.items() if name.endswith(("q_proj", "k_proj", "v_proj", "o_proj")))
     assert rank_map.budget.parameters == uniform
@@ -83,7 +83,7 @@ def test_the_budget_is_the_uniform_adapters_and_is_kept(songs: Path, base: Check
 @pytest.mark.parametrize("granularity", ["module", "layer"])
 def test_what_the_map_captures_is_told_beside_the_uniform_adapter(granularity: str, songs: Path, base: Checkpoint):
     def captured(**changes: Any) -> Captured | None:
-        settings = config(songs, granularity=granularity, **changes)
+        settings = config(songs, granularity=granularity, estimate_batches=48, **changes)
         return estimate(settings, checkpoint=base, version="1", emit=lambda event: None).captured
 
     found, smaller = captured(), captured(rank=2)
@@ -105,7 +105,7 @@ def test_every_projection_of_every_block_is_looked_at(songs: Path, base: Checkpo
 
 
 def test_with_layers_as_the_grain_all_modules_of_a_layer_share_a_rank(songs: Path, base: Checkpoint):
-    rank_map, _ = run(config(songs, granularity="layer"), base)
+    rank_map, _ = run(config(songs, granularity="layer", estimate_batches=48), base)
     by_layer: dict[str, set[int]] = {}
     for module in rank_map.modules:
         by_layer.setdefault(module.name.split(".")[1], set()).add(module.rank)
