@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from sidestep.config.recipe import Recipe
+from sidestep.config.shell import shell_line, start_words
 from sidestep.errors import DataError, ModelError
 from sidestep.files import write_whole
 
@@ -23,7 +24,8 @@ MAP_LIMIT = 10_000_000  # bytes; XL has 352 modules at 300 bytes each
 MAX_RANK = 4096
 ORIGIN_WORDS = ("model_variant", "model", "dataset", "recipe", "objective", "method")
 MEASURES_GAINS = ("cross-fit",)  # Methods that measure what ranks gain and test it; the others only order modules.
-AGAIN = "Make it anew: train.py estimate with the same --model-variant and --dataset-dir as this run."
+_ESTIMATE = shell_line([*start_words(), "estimate"])
+AGAIN = f"Make it anew: {_ESTIMATE} with the same --model-variant and --dataset-dir as this run."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +158,7 @@ def open_rank_map(path: Path) -> MapFile:
     if path.is_dir():
         path = path / RANK_MAP_FILE
     if not path.is_file():
-        raise DataError(f"There is no rank map {path}.", hint="Make it: train.py estimate --dataset-dir TENSORS")
+        raise DataError(f"There is no rank map {path}.", hint=f"Make it: {_ESTIMATE} --dataset-dir TENSORS")
     if path.stat().st_size > MAP_LIMIT:
         raise DataError(f"{path} is too large to be a rank map.")
     try:
@@ -168,9 +170,11 @@ def open_rank_map(path: Path) -> MapFile:
 
 def _parsed(data: bytes, path: Path) -> RankMap:
     content = _object(data, path)
-    if content.get("format_version") != RANK_MAP_FORMAT:
+    if "format_version" not in content:
+        raise DataError(f"{path} is no rank map.", hint=AGAIN)
+    if content["format_version"] != RANK_MAP_FORMAT:
         raise DataError(
-            f"{path} has format {content.get('format_version')}; this Side-Step reads {RANK_MAP_FORMAT}.", hint=AGAIN
+            f"{path} has format {content['format_version']}; this Side-Step reads {RANK_MAP_FORMAT}.", hint=AGAIN
         )
     try:
         rank_map = RankMap(

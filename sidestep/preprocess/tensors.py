@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sidestep.config.shell import shell_line, start_words
 from sidestep.errors import DataError
 from sidestep.files import write_whole
 
@@ -35,8 +36,9 @@ LATENT_CHANNELS = 64
 MANIFEST_NAME = "manifest.json"
 PASS1_NAME = ".pass1"
 TENSOR_KEYS = ("target_latents", "attention_mask", "encoder_hidden_states", "encoder_attention_mask", "context_latents")
-AGAIN = "Run preprocessing again: train.py fixed --preprocess ..."
-DELETE = "Delete the file and run preprocessing again: train.py fixed --preprocess ..."
+_PREPROCESS = shell_line([*start_words(), "fixed", "--preprocess"])
+AGAIN = f"Run preprocessing again: {_PREPROCESS} ..."
+DELETE = f"Delete the file and run preprocessing again: {_PREPROCESS} ..."
 
 
 @dataclass(frozen=True, slots=True)

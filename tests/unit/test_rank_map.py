@@ -105,6 +105,9 @@ def test_damaged_maps_are_refused_with_a_way_out(written: Path, tmp_path: Path):
     written.write_text(whole)
     with pytest.raises(DataError, match="has format 9"):
         read_rank_map(changed(written, format_version=9))
+    written.write_text('{"anything": 1}', encoding="utf-8")
+    with pytest.raises(DataError, match="is no rank map"):
+        read_rank_map(written)
 
 
 @pytest.mark.parametrize("rank", [-1, 1.5, True, "8", None, 5000])
