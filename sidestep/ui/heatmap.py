@@ -137,10 +137,11 @@ def _budget(rank_map: RankMap, captured: Captured | None) -> list[tuple[str, str
         ("modules", f"{len(ranks)} of {len(rank_map.modules)}, ranks {min(ranks.values())} to {max(ranks.values())}"),
     ]
     if captured is not None:
-        uniform = f"a uniform rank of {captured.uniform_rank} {captured.by_uniform:.1%}"
+        uniform = f"the uniform adapter of rank {captured.uniform_rank} {captured.by_uniform:.1%}"
         rows.append(("captures of what is usable", f"{captured.by_map:.1%}, {uniform}"))
     if budget.suggested_rank is not None:
-        rows.append(("uniform rank for 90 % of what is usable", str(budget.suggested_rank)))
+        rank = f"{budget.suggested_rank}, on all {len(rank_map.modules)} modules"
+        rows.append(("uniform rank for 90 % of what is usable", rank))
     if budget.suggested_parameters is not None:
         rows.append(("parameters for 90 % of what is usable", f"about {budget.suggested_parameters:,}"))
     origin = rank_map.origin
