@@ -52,7 +52,8 @@ def test_the_budget_is_told_to_the_parameter():
 
 
 def test_what_the_budget_buys_stands_beside_what_a_uniform_adapter_would_capture():
-    assert "50.0%, the uniform adapter of rank 4 25.0%" in shown(captured=Captured(by_map=0.5, by_uniform=0.25, uniform_rank=4))
+    captured = Captured(by_map=0.5, by_uniform=0.25, uniform_rank=4)
+    assert "50.0%, the uniform adapter of rank 4 25.0%" in shown(captured=captured)
     assert "captures" not in shown()
 
 
