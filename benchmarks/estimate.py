@@ -1,6 +1,6 @@
 """The cost of an estimate: its two passes against the training step, time and peak memory.
 
-    python benchmarks/estimate.py --seconds 60 --json estimate.json
+    uv run python benchmarks/estimate.py --seconds 60 --json estimate.json
 
 The training step is LoRA of rank 64 on both attentions with AdamW, blocks recomputed; the estimate looks at every
 attention and MLP projection, blocks recomputed as well. Both run as training and `estimate` run them: captured as CUDA

@@ -1,6 +1,6 @@
 """Preprocessing at real size: both passes, one song after the other and overlapped, in one run.
 
-    python benchmarks/preprocess.py --json preprocess.json
+    uv run python benchmarks/preprocess.py --json preprocess.json
 
 A VAE, a text encoder and a condition encoder of the 2B model's sizes with random weights, a toy tokenizer, and made-up
 songs of 60 to 240 s at 44.1 kHz, half FLAC and half WAV, all written to a temporary folder first. `plain` reads,

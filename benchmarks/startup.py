@@ -1,6 +1,6 @@
 """From command to first step: the real command on a checkpoint of real size, its time and its memory.
 
-    python benchmarks/startup.py --json startup.json
+    uv run python benchmarks/startup.py --json startup.json
 
 `train.py fixed --no-compile --max-steps 2` runs as a process of its own, first with the checkpoint's files out of the
 page cache (as far as the system lets go of them), then with them in it. Times count from the start of the process; the

@@ -34,7 +34,8 @@ def test_the_map_lies_beside_the_songs_with_its_picture_and_the_command_that_use
     assert f"{rank_map.budget.spent:,} of {rank_map.budget.parameters:,}" in shown
     assert "captures of what is usable" in shown
     assert shown.count("layers.") == 3
-    assert Image.open(songs / "rank_map.png").size[0] > 300
+    with Image.open(songs / "rank_map.png") as image:
+        assert image.size[0] > 300
     board = EventAccumulator(str(tmp_path / "board")).Reload()
     assert board.Tags()["images"] == ["rank_map"]
 
