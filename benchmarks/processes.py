@@ -15,8 +15,10 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +29,7 @@ import torch
 from benchmarks.step import GIB, LEARNING_RATE, Case, build_stepper
 from benchmarks.subject import SIZES, Machine, make_batch, meta_decoder, this_machine
 from sidestep.config.processes import ALONE, Processes, launched_place
+from sidestep.errors import ElsewhereError
 from sidestep.training.batches import Batch
 from sidestep.training.processes import joined, own_device
 from sidestep.training.step import Stepper, Whole
@@ -59,6 +62,7 @@ def measure(stepper: Stepper, machine: Machine, options: argparse.Namespace, pro
     for passes in options.passes:
         own = [batches[(place + processes.rank) % len(batches)] for place in range(passes)]
         together = step_ms(stepper, own, machine, options.steps, processes)
+        say(processes, f"{passes} passes: {together:.1f} ms together")
         exchange = exchange_ms(stepper, machine, processes)
         alone = None
         if not options.shard_base:
@@ -156,16 +160,23 @@ def run(options: argparse.Namespace, processes: Processes) -> None:
         if options.cap:
             limit(options.cap, device)
     built = time.perf_counter() - start
+    say(processes, f"{options.size}: built in {built:.0f} s, {options.mode}")
     results = measure(stepper, machine, options, processes)
     if not processes.is_first:
         return
     name = f"{processes.count} x {machine.name}, torch {torch.__version__}, {options.size}, {options.seconds:g} s"
-    print(f"{name}, rank {options.rank}, {'sharded' if options.shard_base else 'whole'}; built in {built:.0f} s")
+    print(f"{name}, rank {options.rank}, {'sharded' if options.shard_base else 'whole'}")
     print(table(results), flush=True)
     if options.json:
         content = [{**asdict(result), "efficiency": result.efficiency} for result in results]
         settings = {key: value for key, value in vars(options).items() if key != "json"}
         options.json.write_text(json.dumps({"machine": name, "settings": settings, "results": content}, indent=1))
+
+
+def say(processes: Processes, text: str) -> None:
+    """Say how far the benchmark has come; once for all processes."""
+    if processes.is_first:
+        print(text, file=sys.stderr, flush=True)
 
 
 def limit(gib: float, device: torch.device) -> None:
@@ -179,7 +190,7 @@ def main() -> None:
     place = launched_place(os.environ)
     if place is None:
         raise SystemExit("Start this with torchrun: torchrun --nproc-per-node 2 benchmarks/processes.py")
-    with joined(place) as processes:
+    with suppress(ElsewhereError), joined(place) as processes:  # Another process says why it failed.
         try:
             run(options, processes)
         except torch.OutOfMemoryError as error:
