@@ -4,12 +4,16 @@ Everything they do in common begins with `meet`, on the CPU: whoever failed says
 about to do, so that nobody waits for it in vain; and no meeting waits for the GPU.
 """
 
+import os
 import signal
-from collections.abc import Iterator
+import socket
+import sys
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -33,13 +37,15 @@ def joined(place: Place) -> Iterator[Processes]:
     When some fail, the first of these raises its own error and all others raise ElsewhereError: it is told once.
     """
     try:
+        _take_interface(os.environ)
         with _ended_by_signals():
             dist.init_process_group("gloo", timeout=JOINING)
-    except dist.DistError as error:
+    except (OSError, RuntimeError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise RunError(
             f"The {place.count} processes of this run did not find each other: {reason}.",
-            hint="Were all machines started, with the same address and a free port, and can they reach each other?",
+            hint="Were all machines started, with one and the same --master-addr (the first machine's address in their "
+            "network, not its name) and a free port, and can they reach each other?",
         ) from error
     processes = JoinedProcesses(place.rank, place.local_rank, place.count, meetings=new_group("gloo", PATIENCE))
     try:
@@ -60,6 +66,25 @@ def joined(place: Place) -> Iterator[Processes]:
     finally:
         # Its threads may otherwise be found running when Python ends.
         dist.destroy_process_group()
+
+
+def _take_interface(environment: MutableMapping[str, str]) -> None:
+    """Have Gloo use the network interface that leads to the launcher's address, unless the user named one.
+
+    Gloo would take what the machine's own name stands for: on Debian and Ubuntu that is 127.0.1.1, where no other
+    machine finds it.
+    """
+    if sys.platform == "win32" or "GLOO_SOCKET_IFNAME" in environment:
+        return  # On Windows Gloo knows no interfaces.
+    place = (environment["MASTER_ADDR"], environment["MASTER_PORT"])
+    family, kind, protocol, _, address = socket.getaddrinfo(*place, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(address)  # Sends nothing.
+        own = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if own in (each.address.partition("%")[0] for each in addresses):
+            environment["GLOO_SOCKET_IFNAME"] = name
+            return
 
 
 @contextmanager

@@ -8,14 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from sidestep.config.processes import Place, launched_place
 from sidestep.config.runs import checkpoints_in
-from sidestep.errors import ConfigError
+from sidestep.errors import ConfigError, RunError
 from sidestep.main import main
 from sidestep.model.checkpoint import Checkpoint
+from sidestep.training.processes import joined
 from tests.torch.test_interrupts import REPOSITORY, Command
 from tests.torch.tiny import RUN_NAME, adapter_tensors, read_state, train, write_songs
 from tests.torch.together import CONFIG, FEW_GRAPHS, FRAMES, seen
@@ -203,6 +205,27 @@ def test_a_launcher_is_known_by_its_environment():
         with pytest.raises(ConfigError) as caught:
             launched_place({**launched, **wrong})
         assert "unset them" in caught.value.hint
+
+
+def test_processes_meet_on_the_interface_that_leads_to_the_first_machine(monkeypatch: pytest.MonkeyPatch):
+    def nobody_there(*_args: object, **_settings: object) -> None:
+        raise RuntimeError("Gloo connectFullMesh failed with [pair.cc:152] timed out.\nmore")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", nobody_there)
+    place = Place(rank=0, local_rank=0, count=2)
+    loopback = next(
+        name for name, found in psutil.net_if_addrs().items() if "127.0.0.1" in (at.address for at in found)
+    )
+    launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for set_before, expected in (({}, loopback), ({"GLOO_SOCKET_IFNAME": "mine"}, "mine")):
+        monkeypatch.setattr(os, "environ", {**launched, **set_before})
+        with pytest.raises(RunError, match=r"did not find each other: Gloo .* timed out\.") as caught, joined(place):
+            pass
+        assert os.environ["GLOO_SOCKET_IFNAME"] == expected
+        assert "--master-addr" in caught.value.hint
+    monkeypatch.setattr(os, "environ", {**launched, "MASTER_ADDR": "no.such.machine.invalid"})
+    with pytest.raises(RunError, match="did not find each other"), joined(place):
+        pass
 
 
 def test_only_training_takes_several_processes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
