@@ -2,7 +2,10 @@
 
 import errno
 import os
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sidestep.errors import RunError
@@ -15,6 +18,8 @@ DEVICE_NAMES = frozenset(
 HELD_BY_ANOTHER = (5, 32, 33)
 WAITS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # Seconds between the attempts to move such a file.
 IS_WINDOWS = os.name == "nt"
+# What a system says where another process holds a lock: Linux and macOS, Windows.
+LOCKED_BY_ANOTHER = (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)
 WINDOWS_LONGEST_PATH = 259
 
 
@@ -55,6 +60,41 @@ def move(source: Path, target: Path) -> None:
         else:
             return
     source.replace(target)
+
+
+@contextmanager
+def held_alone(path: Path, *, taken: RunError) -> Iterator[None]:
+    """Hold the lock file `path` for as long as the block lasts; raises `taken` where another process holds it.
+
+    The system lets go of it however the process ends. The file is empty and stays: were it deleted, two processes could
+    each lock a file of that name. A file system that knows no locks (some network shares) keeps nobody out.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab")
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    with file:
+        try:
+            _lock(file.fileno())
+        except OSError as error:
+            if error.errno in LOCKED_BY_ANOTHER:
+                raise taken from error
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+                raise cannot_write(path, error) from error
+        yield
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(descriptor: int) -> None:
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+else:
+    import fcntl
+
+    def _lock(descriptor: int) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _is_held(error: OSError) -> bool:

@@ -6,6 +6,7 @@ On a GPU songs are read while others are encoded, and words are encoded for seve
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
@@ -18,6 +19,7 @@ from sidestep.data.audio import probe
 from sidestep.data.dataset_file import Dataset, Track
 from sidestep.errors import DataError, RunError
 from sidestep.events import Emit
+from sidestep.files import held_alone
 from sidestep.model.checkpoint import Checkpoint, check_encoders
 from sidestep.model.device import free_memory, full_memory_alike, wide_dtype
 from sidestep.model.loading import load_condition_encoder, load_silence_latent, load_text_encoder, load_vae, silence_of
@@ -36,6 +38,8 @@ from sidestep.preprocess.plan import TIMBRE_FRAMES, Draft, Recipe, Song, draft_s
 from sidestep.preprocess.records import claim_folder
 from sidestep.preprocess.stage import Flow, Work, Written, finite, run_stage
 from sidestep.preprocess.tensors import Sample, read_sample, write_sample
+
+LOCK_NAME = ".preprocess.lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +93,12 @@ def preprocess(
 
     A song that cannot be used is reported as TrackSkipped and left out. Raises DataError when that is so for all of
     them or `output` belongs to another dataset, ModelError when the checkpoint lacks a part, RunError when memory or
-    the disk is full. Never leaves a partial file; after an interruption the same call goes on where it was.
+    the disk is full or another process is at work in `output`. Never leaves a partial file; after an interruption the
+    same call goes on where it was.
     """
     if not dataset.tracks:
         raise DataError("The dataset has no songs.", hint="Point --audio-dir at the folder that holds them.")
     check_encoders(checkpoint)
-    make_parts_folder(output)
     run = _Run(
         checkpoint=checkpoint,
         output=output,
@@ -108,13 +112,23 @@ def preprocess(
         encoder_flow=flow or Flow.on(encoder_device or device),
     )
     try:
-        with torch.inference_mode(), full_memory_alike():
+        with _alone_in(output), torch.inference_mode(), full_memory_alike():
+            make_parts_folder(output)
             return _preprocess(run, dataset)
     except torch.OutOfMemoryError as error:
         raise RunError(
             f"The memory of {device} is full.",
             hint="Close other programs that use it, or add --device cpu; finished songs are not done again.",
         ) from error
+
+
+def _alone_in(output: Path) -> AbstractContextManager[None]:
+    """Keep a second process out: it would clear away what the first pass keeps, and mix its tensors with these."""
+    taken = RunError(
+        f"Another Side-Step is preprocessing into {output}.",
+        hint="Wait until it has ended, or choose another --tensor-output.",
+    )
+    return held_alone(output / LOCK_NAME, taken=taken)
 
 
 def _preprocess(run: _Run, dataset: Dataset) -> PreprocessResult:

@@ -13,11 +13,12 @@ import torch
 from sidestep.data.dataset_file import Dataset, Track
 from sidestep.errors import DataError, ModelError, RunError
 from sidestep.events import Notice, StageDone, StageStarted, TrackDone, TrackSkipped
+from sidestep.files import held_alone
 from sidestep.model.checkpoint import Checkpoint, encoder_fingerprint, find_checkpoint
 from sidestep.preprocess import run as run_module
 from sidestep.preprocess.parts import has_part, write_part
 from sidestep.preprocess.plan import tensor_name
-from sidestep.preprocess.run import PreprocessResult, preprocess
+from sidestep.preprocess.run import LOCK_NAME, PreprocessResult, preprocess
 from sidestep.preprocess.tensors import read_sample, sample_paths
 
 CHECKPOINTS = Path(__file__).parents[1] / "golden" / "reference" / "checkpoints"
@@ -180,7 +181,7 @@ def test_vanished_songs_leave_the_manifest_and_foreign_files_stay(tmp_path: Path
     result, events = run(replace(dataset, tracks=dataset.tracks[1:]), tmp_path / "tensors", checkpoint)
     assert result == PreprocessResult(done=0, unchanged=1, skipped=0, removed=1)
     assert sample_paths(tmp_path / "tensors") == [tmp_path / "tensors" / tensor_name("b.wav")]
-    names = {path.name for path in (tmp_path / "tensors").iterdir()}
+    names = {path.name for path in (tmp_path / "tensors").iterdir()} - {LOCK_NAME}
     assert names == {tensor_name("b.wav"), "foreign.pt", "notes.txt", "manifest.json", "preprocess_meta.json"}
     assert any(isinstance(event, Notice) and "foreign.pt" in event.text for event in events)
 
@@ -360,7 +361,7 @@ def test_a_full_disk_is_one_error_and_the_next_run_goes_on(
         patch.setattr("os.fsync", full)
         with pytest.raises(RunError, match="The disk is full"):
             run(dataset, tmp_path / "tensors", checkpoint)
-    assert [path.name for path in (tmp_path / "tensors").rglob("*")] == [".pass1"]
+    assert {path.name for path in (tmp_path / "tensors").rglob("*")} == {".pass1", LOCK_NAME}
     assert run(dataset, tmp_path / "tensors", checkpoint)[0].done == 1
 
 
@@ -384,3 +385,12 @@ def test_a_missing_part_of_the_model_is_said_before_anything_is_written(tmp_path
     with pytest.raises(ModelError, match="VAE is missing"):
         run(dataset, tmp_path / "tensors", replace(checkpoint, vae=tmp_path / "vae"))
     assert not (tmp_path / "tensors").exists()
+
+
+def test_a_second_process_is_kept_out_and_disturbs_nothing(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    dataset, output = make_dataset(tmp_path / "songs", "a.wav"), tmp_path / "tensors"
+    write_part(output, "kept", {"latents": torch.ones(2)}, key="one")
+    with held_alone(output / LOCK_NAME, taken=RunError("never")), pytest.raises(RunError, match="Another Side-Step"):
+        run(dataset, output, checkpoint)
+    assert has_part(output, "kept", key="one")
+    assert run(dataset, output, checkpoint)[0].done == 1

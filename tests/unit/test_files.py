@@ -7,7 +7,7 @@ import pytest
 
 from sidestep import files
 from sidestep.errors import RunError
-from sidestep.files import WAITS, cannot_write, write_whole
+from sidestep.files import WAITS, cannot_write, held_alone, write_whole
 
 
 class HeldError(PermissionError):
@@ -67,3 +67,21 @@ def test_a_path_that_is_too_long_for_windows_is_named_as_that(tmp_path: Path, mo
     monkeypatch.setattr(files, "IS_WINDOWS", True)
     assert "its path is too long" in cannot_write(long, error).message
     assert "too long" not in cannot_write(short, error).message
+
+
+def test_a_lock_keeps_others_out_until_its_block_ends(tmp_path: Path):
+    path = tmp_path / "new" / ".lock"
+    with (
+        held_alone(path, taken=RunError("outer")),
+        pytest.raises(RunError, match="inner"),
+        held_alone(path, taken=RunError("inner")),
+    ):
+        pass
+    with held_alone(path, taken=RunError("again")):
+        assert path.read_bytes() == b""
+
+
+def test_a_lock_that_cannot_be_made_is_said_in_words(tmp_path: Path):
+    (tmp_path / "folder").write_text("a file")
+    with pytest.raises(RunError, match="cannot be written"), held_alone(tmp_path / "folder/.lock", taken=RunError("")):
+        pass
