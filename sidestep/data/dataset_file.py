@@ -150,7 +150,7 @@ def write_dataset(path: Path, dataset: Dataset) -> None:
 def load_dataset(audio_dir: Path, dataset_json: Path | None, *, emit: Emit) -> Dataset:
     """Read `dataset_json`, else `{audio_dir}/dataset.json` if it is there, else scan the folder.
 
-    A track whose audio is missing or unreadable is reported as TrackSkipped; DataError when that is all of them. Warns
+    How long a track is, its audio says. One whose audio is missing or unreadable is reported as TrackSkipped; DataError when that is all of them. Warns
     of audio in `audio_dir` that the file does not list, and of sidecars that were changed after it was written.
     """
     path = dataset_json or audio_dir / DATASET_FILE
@@ -160,8 +160,8 @@ def load_dataset(audio_dir: Path, dataset_json: Path | None, *, emit: Emit) -> D
     tracks: list[Track] = []
     for track in dataset.tracks:
         try:
-            seconds = probe(track.audio_path).seconds
-            tracks.append(track if track.duration else replace(track, duration=int(seconds)))
+            # Not the file's: the song may have been cut or replaced since, and the prompt says how long it is.
+            tracks.append(replace(track, duration=int(probe(track.audio_path).seconds)))
         except DataError as error:
             reason = (
                 error.message if track.audio_path.exists() else f"{path.name} points to {track.audio_path}: not there."

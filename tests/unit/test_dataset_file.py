@@ -278,6 +278,13 @@ def test_missing_songs_are_skipped_and_lengths_filled_in(tmp_path: Path) -> None
     assert "not there" in event.reason
 
 
+def test_a_song_that_was_replaced_since_is_as_long_as_it_is_now(tmp_path: Path) -> None:
+    song(tmp_path / "a.wav")
+    write_dataset(tmp_path / "dataset.json", scan_folder(tmp_path, emit=ignore))
+    song(tmp_path / "a.wav", 4.2)
+    assert load_dataset(tmp_path, None, emit=ignore).tracks[0].duration == 4
+
+
 def test_a_dataset_file_that_points_nowhere_is_an_error(tmp_path: Path) -> None:
     path = dataset_file(tmp_path, {"audio_path": "gone.wav"}, {"audio_path": "/also/gone.wav"})
     with pytest.raises(DataError, match=r"None of the 2 songs in .*dataset\.json can be read, such as .*gone\.wav"):
