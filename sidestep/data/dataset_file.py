@@ -90,7 +90,7 @@ def scan_folder(folder: Path, *, emit: Emit) -> Dataset:
     for path, name in zip(audio, names, strict=True):
         try:
             _check_storable(name)
-            raw, odd = read_sidecars(path, beside[path.parent], rows.get(name))
+            raw, odd = read_sidecars(path, beside[path.parent], rows.get(name, ()))
             fields, unclear = parse_fields(raw)
             fields["duration"] = int(probe(path).seconds)
             tracks.append(Track(id=_track_id(name, taken), audio_path=path, name=name, **fields))

@@ -98,7 +98,7 @@ def is_sidecar(name: str, stems: Container[str]) -> bool:
     return bool(ending) and stem in stems
 
 
-def read_sidecars(audio: Path, beside: Companions, row: Row | None) -> tuple[Fields, list[str]]:
+def read_sidecars(audio: Path, beside: Companions, rows: Sequence[Row]) -> tuple[Fields, list[str]]:
     """Merge the sidecars of `audio` into raw fields; the second value says in sentences what is odd about them.
 
     Raises DataError naming the sidecar that cannot be read.
@@ -117,8 +117,7 @@ def read_sidecars(audio: Path, beside: Companions, row: Row | None) -> tuple[Fie
             sources.append((path.name, {field: read_text(path)}))
     if path := paths[".json"]:
         sources.append((path.name, _read_fields(path)))
-    if row is not None:
-        sources.append((row.source, row.fields))
+    sources += [(row.source, row.fields) for row in rows]
     return _merge(sources, remarks), remarks
 
 
@@ -181,22 +180,22 @@ def read_rows(folder: Path) -> list[Row]:
     return rows
 
 
-def assign_rows(rows: Sequence[Row], names: Sequence[str]) -> tuple[dict[str, Row], list[str]]:
+def assign_rows(rows: Sequence[Row], names: Sequence[str]) -> tuple[dict[str, list[Row]], list[str]]:
     """Give each CSV row to the song it names, by path relative to the folder, else by file name alone.
 
-    `names` are relative posix paths. The second value says which rows fit no song or several of one name.
+    A song may have rows in several files. `names` are relative posix paths. The second value says which rows fit no song or several of one name.
     """
     by_path = {normalized(name): name for name in names}
     by_file: dict[str, list[str]] = {}
     for name in names:
         by_file.setdefault(normalized(name).rsplit("/", 1)[-1], []).append(name)
-    given: dict[str, Row] = {}
+    given: dict[str, list[Row]] = {}
     remarks: list[str] = []
     for row in rows:
         file = normalized(row.file).removeprefix("./")
         found = [by_path[file]] if file in by_path else by_file.get(file.rsplit("/", 1)[-1], [])
         if len(found) == 1:
-            given[found[0]] = row
+            given.setdefault(found[0], []).append(row)
         elif found:
             remarks.append(f"{row.source}: {row.file} may be any of {', '.join(found)}; write the path with its folder")
         else:

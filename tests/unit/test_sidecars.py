@@ -13,7 +13,7 @@ from sidestep.errors import DataError
 def read(folder: Path, audio: str = "song.wav") -> tuple[dict[str, object], list[str]]:
     """Read the sidecars of a song in `folder`, the CSVs there included."""
     rows, odd = assign_rows(read_rows(folder), [audio])
-    fields, remarks = read_sidecars(folder / audio, companions(folder.iterdir()), rows.get(audio))
+    fields, remarks = read_sidecars(folder / audio, companions(folder.iterdir()), rows.get(audio, ()))
     return fields, [*odd, *remarks]
 
 
@@ -150,6 +150,13 @@ def test_csv_delimiters(tmp_path: Path, delimiter: str) -> None:
     assert read(tmp_path) == ({"bpm": "127.99", "caption": "loud, fast; hard"}, [])
 
 
+def test_what_several_csv_files_say_of_a_song_adds_up(tmp_path: Path) -> None:
+    put(tmp_path, a__csv="file,bpm,key\nsong.wav,90,Am\n", b__csv="file,caption,key\nsong.wav,slow,Cm\n")
+    fields, remarks = read(tmp_path)
+    assert fields == {"bpm": "90", "caption": "slow", "keyscale": "Cm"}
+    assert remarks == ["a.csv and b.csv differ in keyscale; b.csv is used"]
+
+
 def test_a_csv_of_something_else_is_none_of_our_business(tmp_path: Path) -> None:
     put(tmp_path, budget__csv="year,money\n2024,1\n", empty__csv="")
     assert read(tmp_path) == ({}, [])
@@ -158,7 +165,7 @@ def test_a_csv_of_something_else_is_none_of_our_business(tmp_path: Path) -> None
 def test_equal_file_names_in_different_folders_need_their_folder_in_a_csv(tmp_path: Path) -> None:
     put(tmp_path, a__csv="file,bpm\nd1/song.wav,90\nd2\\song.wav,100\nsong.wav,110\ngone.wav,120\n")
     rows, remarks = assign_rows(read_rows(tmp_path), ["d1/song.wav", "d2/song.wav"])
-    assert {name: row.fields for name, row in rows.items()} == {
+    assert {name: row.fields for name, (row,) in rows.items()} == {
         "d1/song.wav": {"bpm": "90"},
         "d2/song.wav": {"bpm": "100"},
     }
