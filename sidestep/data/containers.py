@@ -12,7 +12,7 @@ from pathlib import Path
 from sidestep.errors import DataError
 
 FOREIGN_MAGIC = (b"RIFF", b"RF64", b"riff", b"OggS", b"fLaC", b"FORM", b"caff")
-TRAILING_TAGS = (b"TAG", b"APETAGEX", b"LYRICSBEGIN", b"ID3")
+TRAILING_TAGS = (b"TAG", b"APETAGEX", b"LYRICSBEGIN")
 # What encoders write when they do not know the length yet (a stream): no promise that could be broken.
 UNKNOWN_RIFF_SIZE = 0x7FFF0000
 OGG_TAIL_BYTES = 1 << 17
@@ -38,7 +38,7 @@ def check_whole(path: Path) -> int | None:
             _check_wav(path)
         elif head == b"OggS":
             _check_ogg(path)
-        elif path.suffix.lower() == ".mp3" and head not in FOREIGN_MAGIC:
+        elif head not in FOREIGN_MAGIC and _is_mpeg(path, head):
             return _check_mp3(path, path.read_bytes())
     except OSError as error:
         raise DataError(f"{path.name} cannot be opened: {error.strerror}.") from error
@@ -59,6 +59,14 @@ def wrong_length(path: Path, why: str) -> DataError:
         f"{path.name} has no length header or a wrong one, so its length would be misread: {why}.",
         hint="Convert it to a new FLAC file, for example with `ffmpeg -i song.mp3 song.flac`.",
     )
+
+
+def _is_mpeg(path: Path, head: bytes) -> bool:
+    """Whether the decoder will take the file for an MP3, which it does by the content, or the user does by the name."""
+    if path.suffix.lower() == ".mp3":
+        return True
+    data = path.read_bytes() if head.startswith(b"ID3") else head
+    return _frame_at(data, _skip_id3(data)) is not None
 
 
 def _check_wav(path: Path) -> None:
@@ -136,8 +144,7 @@ def _declared_frames(frame: bytes) -> int | None:
     return None
 
 
-def _skip_id3(data: bytes) -> int:
-    at = 0
+def _skip_id3(data: bytes, at: int = 0) -> int:
     while data[at : at + 3] == b"ID3" and len(data) >= at + 10:
         size = data[at + 6 : at + 10]
         at += 10 + (size[0] << 21 | size[1] << 14 | size[2] << 7 | size[3])
@@ -160,6 +167,8 @@ def _check_mp3(path: Path, data: bytes) -> int:
     while 0 <= at < len(data):
         frame = _frame_at(data, at)
         if frame is None or frame.kind != first.kind:
+            # Files strung together have the next one's tag in their middle.
+            at = _skip_id3(data, at)
             at = -1 if data.startswith(TRAILING_TAGS, at) else _next_frame(data, at, first.kind)
         elif at + frame.length > len(data):
             ends_within_frame = True

@@ -183,7 +183,8 @@ def read_rows(folder: Path) -> list[Row]:
 def assign_rows(rows: Sequence[Row], names: Sequence[str]) -> tuple[dict[str, list[Row]], list[str]]:
     """Give each CSV row to the song it names, by path relative to the folder, else by file name alone.
 
-    A song may have rows in several files. `names` are relative posix paths. The second value says which rows fit no song or several of one name.
+    A song may have rows in several files. `names` are relative posix paths. The second value says which rows fit no
+    song or several of one name.
     """
     by_path = {normalized(name): name for name in names}
     by_file: dict[str, list[str]] = {}

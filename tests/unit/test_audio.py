@@ -102,6 +102,25 @@ def test_an_mp3_whose_length_would_be_misread_is_refused(tmp_path: Path, capfd: 
     assert capfd.readouterr().err == ""
 
 
+def test_mp3_files_strung_together_with_their_tags_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "twice.mp3", tone(2.0))
+    id3v2 = b"ID3\x04\0\0" + bytes([0, 0, 8, 0]) + bytes(1024)
+    path.write_bytes((id3v2 + path.read_bytes()) * 2)
+    with pytest.raises(DataError, match=r"twice\.mp3 has no length header or a wrong one"):
+        probe(path)
+
+
+@pytest.mark.parametrize("tag", [b"", b"ID3\x04\0\0" + bytes([0, 0, 8, 0]) + bytes(1024)])
+def test_an_mp3_of_another_name_is_looked_at_as_closely(tmp_path: Path, tag: bytes) -> None:
+    noise = np.random.default_rng(0).normal(size=(3 * RATE, 2)) * 0.1
+    fading = noise * np.linspace(1, 0, 3 * RATE)[::-1, None] ** 8
+    soundfile.write(tmp_path / "a.mp3", fading, RATE, bitrate_mode="VARIABLE", compression_level=0.5)
+    path = tmp_path / "a.wav"
+    path.write_bytes(tag + without_length_header(tmp_path / "a.mp3").read_bytes())
+    with pytest.raises(DataError, match=r"a\.wav has no length header or a wrong one"):
+        probe(path)
+
+
 def test_tags_around_an_mp3_do_no_harm(tmp_path: Path) -> None:
     path = write(tmp_path / "a.mp3", tone(2.0))
     id3v2 = b"ID3\x04\0\0" + bytes([0, 0, 8, 0]) + b"\xff\xfb" * 512
