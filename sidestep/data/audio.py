@@ -113,6 +113,9 @@ def _open(path: Path) -> Iterator[soundfile.SoundFile]:
     if not path.is_file():
         what = "is a link to a file that is not there" if path.is_symlink() else "is not there"
         raise DataError(f"{path.name} {what}.")
+    if (readable := str(path).encode(errors="replace").decode()) != str(path):
+        # libsndfile's binding cannot open it, and no JSON can name it.
+        raise DataError(f"The path {readable} is not valid UTF-8.", hint="Rename what has a ? in it.")
     held = check_whole(path)
     try:
         file = soundfile.SoundFile(path)

@@ -150,8 +150,9 @@ def write_dataset(path: Path, dataset: Dataset) -> None:
 def load_dataset(audio_dir: Path, dataset_json: Path | None, *, emit: Emit) -> Dataset:
     """Read `dataset_json`, else `{audio_dir}/dataset.json` if it is there, else scan the folder.
 
-    How long a track is, its audio says. One whose audio is missing or unreadable is reported as TrackSkipped; DataError when that is all of them. Warns
-    of audio in `audio_dir` that the file does not list, and of sidecars that were changed after it was written.
+    How long a track is, its audio says. One whose audio is missing or unreadable is reported as TrackSkipped;
+    DataError when that is all of them. Warns of audio in `audio_dir` that the file does not list, and of sidecars that
+    were changed after it was written.
     """
     path = dataset_json or audio_dir / DATASET_FILE
     if dataset_json is None and not path.is_file():

@@ -90,6 +90,17 @@ def test_a_file_name_that_is_no_utf8_is_skipped(tmp_path: Path) -> None:
     assert [event.name for event in events if isinstance(event, TrackSkipped)] == ["caf?.wav"]
 
 
+def test_songs_in_a_folder_whose_name_is_no_utf8_are_skipped(tmp_path: Path) -> None:
+    song(tmp_path / "good/a.wav")
+    (tmp_path / "good").rename(tmp_path / os.fsdecode(b"b\xe4nd"))
+    events: list[Event] = []
+    with pytest.raises(DataError, match="None of the 1 songs"):
+        scan_folder(tmp_path / os.fsdecode(b"b\xe4nd"), emit=events.append)
+    (event,) = events
+    assert isinstance(event, TrackSkipped)
+    assert event.reason.endswith("b?nd/a.wav is not valid UTF-8.")
+
+
 def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.mp3").write_text("words")
     with pytest.raises(DataError, match="None of the 1 songs"):
