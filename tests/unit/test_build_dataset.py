@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,32 @@ def test_captions_made_elsewhere_are_kept_aside_and_never_overwritten(tmp_path: 
     assert kept == ["first", "second"]
     build(tmp_path)
     assert not (tmp_path / "dataset.json.bak2").exists()
+
+
+def test_a_caption_corrected_in_the_file_is_kept_aside_but_one_changed_beside_the_song_is_not(tmp_path: Path) -> None:
+    write(tmp_path / "a.wav", noise())
+    sidecar, output = tmp_path / "a.caption.txt", tmp_path / "dataset.json"
+    sidecar.write_text("first")
+    build(tmp_path)
+    os.utime(output, (1, 1))
+    sidecar.write_text("second")
+    build(tmp_path)
+    assert not list(tmp_path.glob("*.bak"))
+    os.utime(sidecar, (1, 1))
+    output.write_text(output.read_text().replace("second", "corrected"))
+    assert "it is kept as dataset.json.bak" in build(tmp_path)[1]
+    assert read_dataset(tmp_path / "dataset.json.bak").tracks[0].caption == "corrected"
+
+
+def test_a_tag_that_was_not_given_again_is_named_with_the_flag_for_it(tmp_path: Path) -> None:
+    write(tmp_path / "a.wav", noise())
+    build(tmp_path, tag="my band", tag_position="append", genre_ratio=30)
+    build(tmp_path, tag="other", genre_ratio=20)
+    assert not list(tmp_path.glob("*.bak"))
+    said = build(tmp_path)[1]
+    flags = "--tag other --tag-position prepend --genre-ratio 20"
+    assert f"The previous dataset.json, kept as dataset.json.bak, was built with {flags}; this one is not." in said
+    assert read_dataset(tmp_path / "dataset.json.bak").custom_tag == "other"
 
 
 def test_the_output_may_lie_elsewhere_but_is_a_file(tmp_path: Path) -> None:
