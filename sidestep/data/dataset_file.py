@@ -214,7 +214,8 @@ def _warn_of_changes(audio_dir: Path, dataset: Dataset, path: Path, emit: Emit) 
     unlisted = [file for file in files if file.suffix.lower() in AUDIO_SUFFIXES and file.resolve() not in listed]
     if unlisted:
         example = printable(unlisted[0].name)
-        text = f"{len(unlisted)} songs in {audio_dir} are not in {path.name}, such as {example}. {REBUILD}"
+        why = "build-dataset could not use them, or they came later"
+        text = f"{len(unlisted)} songs in {audio_dir} are not in {path.name}, such as {example}: {why}. {REBUILD}"
         emit(Notice(text=text, level="warning"))
     written = path.stat().st_mtime
     songs = {track.audio_path.stem for track in dataset.tracks}
