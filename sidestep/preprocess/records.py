@@ -4,6 +4,7 @@ A folder may hold tensor files of other tools. They are never touched; those tha
 Only files named in our preprocess_meta.json are ever deleted, when their song is no longer in the dataset.
 """
 
+import filecmp
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -81,13 +82,23 @@ def claim_folder(path: Path, dataset: Dataset, *, emit: Emit) -> Folder:
 
 
 def _check_same_dataset(path: Path, dataset: Dataset, record: _Record, gone: Sequence[str]) -> None:
-    """A folder whose songs were moved is the same dataset; one whose songs lie elsewhere still is another."""
-    is_another = record.audio_dir != _audio_dir(dataset) and Path(record.audio_dir).is_dir()
-    if gone and record.audio_dir and is_another:
+    """A folder whose songs were moved or copied is the same dataset; one whose songs lie elsewhere still is another."""
+    if not record.audio_dir or record.audio_dir == _audio_dir(dataset) or not Path(record.audio_dir).is_dir():
+        return
+    if gone or _has_namesakes(Path(record.audio_dir), dataset):
         raise DataError(
             f"{path} holds the tensors of other songs: those in {record.audio_dir}.",
             hint="Choose another --tensor-output, or delete the tensor files there first.",
         )
+
+
+def _has_namesakes(folder: Path, dataset: Dataset) -> bool:
+    """Whether a song in `folder` has the name of one of the dataset, and is another."""
+    for track in dataset.tracks:
+        namesake = folder / track.name
+        if namesake.is_file() and not filecmp.cmp(namesake, track.audio_path):
+            return True
+    return False
 
 
 def _warn(emit: Emit, files: Sequence[str], what: str) -> None:

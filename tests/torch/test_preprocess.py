@@ -1,6 +1,7 @@
 """From songs to a folder of tensors: deterministic, incremental, song by song, never half-written."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -208,6 +209,16 @@ def test_a_folder_of_another_dataset_is_left_alone_but_a_moved_one_goes_on(
     with pytest.raises(DataError, match="holds the tensors of other songs"):
         run(make_dataset(tmp_path / "others", "b.wav"), tmp_path / "tensors", checkpoint)
     assert contents(tmp_path / "tensors") == before
+    album = make_dataset(tmp_path / "album", "a.wav", "b.wav")  # Its first song only has the other one's name.
+    (tmp_path / "album" / "a.wav").write_bytes((tmp_path / "album" / "b.wav").read_bytes()[:-400])
+    with pytest.raises(DataError, match="holds the tensors of other songs"):
+        run(album, tmp_path / "tensors", checkpoint)
+    assert contents(tmp_path / "tensors") == before
+    shutil.copytree(tmp_path / "songs", tmp_path / "copied")
+    track = replace(dataset.tracks[0], audio_path=tmp_path / "copied" / "a.wav")
+    copied = Dataset(folder=tmp_path / "copied", tracks=(track,), name="songs")
+    assert run(copied, tmp_path / "tensors", checkpoint)[0].unchanged == 1
+    run(dataset, tmp_path / "tensors", checkpoint)
     (tmp_path / "songs").rename(tmp_path / "renamed")
     track = replace(dataset.tracks[0], audio_path=tmp_path / "renamed" / "a.wav")
     moved = Dataset(folder=tmp_path / "renamed", tracks=(track,), name="songs")
