@@ -20,11 +20,16 @@ _ALIGNMENT = 32  # Floats: where each gradient begins in their one buffer, so th
 
 @dataclass(frozen=True, slots=True)
 class StepReading:
-    """What a step found, still on the device: mean loss, gradient norm before clipping, and on demand each module's."""
+    """What a step found, still on the device: mean loss, gradient norm before clipping, and on demand each module's.
+
+    `is_checked`: the step itself looked whether its numbers stop the run. A norm that is not finite then does not: the
+    gradient overflowed in float16, and the update was skipped.
+    """
 
     values: Tensor
     songs: tuple[str, ...]
     has_modules: bool
+    is_checked: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +113,8 @@ class Stepper:
         self.scaler.unscale_(self.optimizer)
         norms = self._module_norms() if with_modules else []
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm or math.inf)
-        reading = StepReading(torch.stack([loss, norm, *norms]), whole.songs, with_modules)
+        numbers = torch.stack([loss, norm, *norms])
+        reading = StepReading(numbers, whole.songs, with_modules, is_checked=not self.guards_itself)
         self._update(reading, lr)
         return reading
 
@@ -128,8 +134,10 @@ class Stepper:
             return
         # The one place of a step that waits for the device.
         loss, norm = reading.values[:2].tolist()
-        # In float16 an overflowing gradient is the scaler's business: it skips the update and scales down.
-        check(loss, 0.0 if self.scaler.is_enabled() else norm, reading.songs)
+        # In float16 an overflowing gradient is the scaler's business: it skips the update and scales down, until there
+        # is nothing left to take back.
+        is_too_large = self.scaler.is_enabled() and self.scaler.get_scale() > 1
+        check(loss, 0.0 if is_too_large else norm, reading.songs)
         self.scaler.step(self.optimizer)
         self.scaler.update()
 

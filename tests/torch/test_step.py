@@ -1,5 +1,6 @@
 """One optimizer step: the mean over its samples, however they are divided; and what stops it."""
 
+import math
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -212,6 +213,29 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_and_the_optimizer_as_t
     assert not run.stepper.optimizer.state_dict()["state"]
     # Nothing was done, so nothing is saved.
     assert not [event for event in events if isinstance(event, CheckpointSaved)]
+
+
+def test_a_gradient_that_overflows_in_float16_costs_its_update_and_not_the_run(tmp_path: Path, base: Checkpoint):
+    songs = write_songs(tmp_path / "songs", base, (40,) * 4)
+    run = prepare(tiny_config(precision="fp16"), base, songs, tmp_path / "run")
+    scaler = run.stepper.scaler
+    scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**26})
+    events: list[Event] = []
+    assert carry_out(run, emit=events.append, stop_requested=lambda: False) == "finished"
+    norms = [event.grad_norm for event in events if isinstance(event, Metrics)]
+    skipped = [not math.isfinite(norm) for norm in norms]
+    assert skipped[0] and not skipped[-1]
+    assert scaler.get_scale() == 2.0 ** (26 - sum(skipped))
+    updates = next(iter(run.stepper.optimizer.state.values()))["step"]
+    assert updates == len(norms) - sum(skipped)
+
+
+def test_a_gradient_that_is_not_finite_unscaled_stops_a_run_in_float16_too(tmp_path: Path, base: Checkpoint):
+    songs = write_songs(tmp_path / "songs", base, (40,) * 4)
+    run = prepare(tiny_config(precision="fp16", epochs=10), base, songs, tmp_path / "run")
+    next(iter(run.adapter.parameters.values())).register_hook(lambda gradient: gradient * float("inf"))
+    carry_until_error(run, NonFiniteError, match="gradient is no longer a finite number")
+    assert run.state.step == 16  # From 65536 to 1.
 
 
 def test_a_song_that_goes_bad_names_itself_and_keeps_what_was_done(tmp_path: Path, base: Checkpoint):
