@@ -115,7 +115,7 @@ def commands(place: Place) -> Sequence[Step]:
     """The steps between the toys and the sound, each with the words that are typed for it."""
     toy, real = _model(str(place.checkpoints)), _model("./checkpoints")
     songs, tensors, output = str(place.songs), str(place.tensors), str(place.output)
-    curves = shell_line([place.output / "runs"])
+    curves = place.output / "runs"
     return (
         Step(
             title="Collect what is known about the songs",

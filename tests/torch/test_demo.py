@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,13 @@ def test_the_demo_goes_the_whole_way(tmp_path: Path, monkeypatch, capsys):
 def test_every_command_it_shows_for_real_music_can_be_typed(tmp_path: Path):
     for step in demo.commands(demo.Place(tmp_path)):
         assert parse(step.real).command == parse(step.words).command == step.words[0]
+
+
+def test_the_command_that_shows_the_curves_can_be_copied_whatever_the_folder_is_called(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(demo, "_loss_after", lambda place, epoch: "1")
+    place = demo.Place(tmp_path / "it's a demo")
+    (shown,) = (line for step in demo.commands(place)[:3] for line in step.after().splitlines() if "--logdir" in line)
+    assert shlex.split(shown)[-1] == str(place.output / "runs")
 
 
 def test_a_command_is_broken_between_flags_only():
