@@ -80,8 +80,7 @@ def parser(name: str = "train.py") -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         description="Side-Step trains adapters for ACE-Step 1.5 on your own music.",
     )
-    root.add_argument("--version", action="store_true", help="Show the versions of Side-Step and what it builds on.")
-    _add_flags(root, settings_of(GlobalConfig))
+    _add_globals(root)
     commands = root.add_subparsers(dest="command", metavar="COMMAND")
     for command in COMMANDS:
         sub = commands.add_parser(
@@ -94,7 +93,7 @@ def parser(name: str = "train.py") -> argparse.ArgumentParser:
         )
         for config in command.configs:
             _add_flags(sub, (s for s in settings_of(config) if s.name not in RECIPE_PINS.get(command.name, {})))
-        _add_flags(sub, settings_of(GlobalConfig))
+        _add_globals(sub)
     return root
 
 
@@ -106,6 +105,11 @@ def parse(arguments: Sequence[str]) -> Typed:
     if unknown:
         raise ConfigError("\n".join(_explain(word, command) for word in _flags_among(unknown)))
     return Typed(command, typed.pop("version", False), typed)
+
+
+def _add_globals(target: argparse.ArgumentParser) -> None:
+    target.add_argument("--version", action="store_true", help="Show the versions of Side-Step and what it builds on.")
+    _add_flags(target, settings_of(GlobalConfig))
 
 
 def _add_flags(target: argparse.ArgumentParser, settings: Iterable[Setting]) -> None:

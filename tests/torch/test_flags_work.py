@@ -2,7 +2,10 @@
 
 import json
 import multiprocessing
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import soundfile
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sidestep.config.places import product_version
+from sidestep.config.places import PROJECT, product_version
 from sidestep.config.presets import preset_folders
 from sidestep.demo.checkpoint import build_toy_checkpoint
 from sidestep.main import main
@@ -323,6 +326,14 @@ def test_version_says_what_is_at_work(capsys: pytest.CaptureFixture[str]):
     assert lines[0] == f"Side-Step {product_version()}"
     assert f"torch {torch.__version__.split('+')[0]}" in "\n".join(lines)
     assert {line.split()[0] for line in lines} >= {"torch", "diffusers", "peft", "CUDA"}
+
+
+def test_versions_that_nobody_reads_to_the_end_are_no_bug():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, PROJECT / "train.py", "--version"], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_plain_lines_hold_no_escape_code_even_on_a_terminal(

@@ -42,6 +42,7 @@ _SETTINGS = _WORK + "test_settings_come_from_a_preset_or_an_earlier_run_and_can_
 GLOBAL: Mapping[str, str] = {
     "--plain": _WORK + "test_plain_lines_hold_no_escape_code_even_on_a_terminal",
     "--yes": _WORK + "test_no_question_is_ever_asked",
+    "--version": _WORK + "test_version_says_what_is_at_work",
 }
 
 TRAINING: Mapping[str, str] = {
@@ -140,7 +141,7 @@ TRAINING: Mapping[str, str] = {
 _PINNED = {flag_of(name) for name in RECIPE_PINS["vanilla"]}
 
 COVERED: Mapping[str, Mapping[str, str]] = {
-    "": {**GLOBAL, "--version": _WORK + "test_version_says_what_is_at_work"},
+    "": GLOBAL,
     "fixed": {**GLOBAL, **TRAINING},
     # The same settings in the same loop, without those that the recipe pins.
     "vanilla": {**GLOBAL, **{flag: test for flag, test in TRAINING.items() if flag not in _PINNED}},

@@ -21,6 +21,8 @@ def test_the_parser_holds_no_defaults():
 def test_global_flags_stand_before_or_after_the_subcommand():
     before, after = parse(["--plain", "-y", "fixed"]), parse(["fixed", "--plain", "-y"])
     assert before.values == after.values == {"plain": True, "yes": True}
+    for words in (["--version"], ["--version", "fixed"], ["fixed", "--version"]):
+        assert parse(words).version
 
 
 def test_other_spellings_reach_the_same_setting():
