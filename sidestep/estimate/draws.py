@@ -72,8 +72,10 @@ def tasks(
 
 
 def _stratified(law: Sampler, count: int, within: tuple[float, float], seed: int) -> list[float]:
-    timesteps = law.quantiles(_LEVELS)
-    inside = timesteps[(timesteps >= within[0]) & (timesteps <= within[1])]
+    # In float32, as they are drawn and trained: its 0.3 and 0.9 are not those of float64, which users type.
+    timesteps = law.quantiles(_LEVELS).float()
+    low, high = torch.tensor(within)
+    inside = timesteps[(timesteps >= low) & (timesteps <= high)]
     if not len(inside):
         raise ConfigError(
             f"This run trains no timestep from {within[0]:g} to {within[1]:g}.",

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model,
 from sidestep.config.rank_map import Captured, open_rank_map, read_rank_map, write_rank_map
 from sidestep.config.runs import CHECKPOINTS, LORA_CONFIG
 from sidestep.errors import ConfigError, DataError, ModelError
+from sidestep.estimate.question import prepare as prepare_question
 from sidestep.estimate.run import estimate
 from sidestep.estimate.verify import verify
 from sidestep.events import Event, Notice
@@ -116,6 +117,18 @@ def test_the_focus_chooses_the_timesteps(songs: Path, base: Checkpoint, monkeypa
     assert len(seen) == 12 and max(seen) <= 0.4
     assert sorted(seen[:6]) == sorted(seen[6:])  # The same timesteps in both halves.
     assert len(set(seen[:6])) == 6
+
+
+@pytest.mark.parametrize(("focus", "seen"), [("0,0.3", {0.3}), ("0.9,1", {0.9, 0.9545, 1.0}), ("0.5,0.6", {0.5})])
+def test_the_focus_takes_in_the_timesteps_it_begins_and_ends_with(
+    focus: str, seen: set[float], songs: Path, base: Checkpoint
+):
+    question = prepare_question(
+        config(songs, timestep_focus=focus, timestep_mode="discrete", estimate_batches=24),
+        checkpoint=base,
+        emit=lambda event: None,
+    )
+    assert {round(asked.timestep, 4) for batch in question.first for asked in batch} == seen
 
 
 def test_songs_that_are_held_out_are_not_looked_at(songs: Path, base: Checkpoint):
