@@ -21,7 +21,7 @@ from sidestep.config.settings import (
     show_value,
     values_of,
 )
-from sidestep.config.train import TrainConfig
+from sidestep.config.train import PREPROCESSING, TrainConfig
 from sidestep.errors import ConfigError
 from sidestep.files import DEVICE_NAMES
 
@@ -50,17 +50,43 @@ def resolve_training(command: str, typed: Values, *, preset: str | None = None, 
     problems = contradictions(config, given)
     if problems:
         raise ConfigError("\n".join(problems))
-    notices = idle_settings(config, _without(given, pins))
+    notices = idle_settings(config, _without(given, pins)) + _overruled(config, given)
     for origin, values in ((f"Preset {preset}", from_preset), (str(source), earlier)):
         said = idle_settings(config, _without(_meant(values), {**pins, **given}))
         notices += [f"{sentence} {origin} sets it." for sentence in said]
+        notices += _pinned(command, values, origin)
+    if source and resumed:
+        notices.append("--config has no effect with --resume-from: a run goes on with its own settings.")
+    return Resolved(config=config, notices=tuple(notices))
+
+
+def _overruled(config: TrainConfig, given: Values) -> list[str]:
+    """Return a sentence for each typed setting that others leave without effect, beyond what its own condition says."""
+    notices = []
     if "attention_type" in given and not set(config.target_modules) & set(ATTENTION_PROJECTIONS):
         notices.append("--attention-type has no effect here: --target-modules names the MLP's projections alone.")
     if config.preprocess and given.get("dataset_dir") not in (None, config.tensor_output):
         notices.append(
             "--dataset-dir has no effect with --preprocess: training goes on with the tensors of --tensor-output."
         )
-    return Resolved(config=config, notices=tuple(notices))
+    if not config.preprocess:
+        notices += [
+            f"{setting.flag} has no effect without --preprocess: --dataset-dir is trained on as it is."
+            for setting in settings_of(TrainConfig)
+            if setting.group == PREPROCESSING and setting.name in given and setting.name != "preprocess"
+        ]
+    return notices
+
+
+def _pinned(command: str, values: Values, origin: str) -> list[str]:
+    """Return a sentence for each setting of a preset or an earlier run that the recipe has no choice in."""
+    return [
+        f"{origin} sets {setting.flag} to {show_value(values[setting.name])}: "
+        f"{command} trains with {show_value(RECIPE_PINS[command][setting.name])}."
+        for setting in settings_of(TrainConfig)
+        if setting.name in RECIPE_PINS[command]
+        and values.get(setting.name, setting.default) not in (setting.default, RECIPE_PINS[command][setting.name])
+    ]
 
 
 def _earlier_values(source: Path) -> dict[str, Any]:

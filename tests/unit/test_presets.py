@@ -20,6 +20,7 @@ from sidestep.config.presets import (
 )
 from sidestep.config.recipe import RECIPE_PINS, learning_rate_of
 from sidestep.config.resolve import resolve_training
+from sidestep.config.runs import STATE_FILE
 from sidestep.config.settings import settings_of
 from sidestep.config.train import TrainConfig
 from sidestep.errors import ConfigError
@@ -226,6 +227,41 @@ def test_a_dataset_beside_songs_that_are_preprocessed_is_said_to_have_no_effect(
     )
     assert resolve_training("fixed", {**songs, "dataset_dir": "tensors"}).notices == ()
     assert resolve_training("fixed", songs).notices == ()
+
+
+def test_what_is_typed_for_preprocessing_is_said_to_have_no_effect_without_it():
+    typed = {**FOLDERS, "normalize": "peak", "audio_dir": "songs"}
+    without = "has no effect without --preprocess: --dataset-dir is trained on as it is."
+    assert resolve_training("fixed", typed).notices == (f"--audio-dir {without}", f"--normalize {without}")
+    songs = {"preprocess": True, "audio_dir": "songs", "tensor_output": "tensors", "normalize": "peak"}
+    assert resolve_training("fixed", songs).notices == ()
+
+
+def test_what_a_preset_or_an_earlier_run_sets_and_vanilla_pins_is_said(own_folder: Path, tmp_path: Path):
+    write(own_folder, "mine", {"loss_weighting": "min_snr", "cfg_ratio": 0.0, "rank": 8})
+    said = "sets --loss-weighting to min_snr: vanilla trains with none."
+    assert resolve_training("vanilla", FOLDERS, preset="mine").notices == (f"Preset mine {said}",)
+    assert resolve_training("fixed", FOLDERS, preset="mine").notices == ()
+    path = tmp_path / "config.json"
+    before = config(loss_weighting="min_snr")
+    path.write_text(run_config_text(before, recipe="fixed", version="1", objective=""), encoding="utf-8")
+    assert resolve_training("vanilla", FOLDERS, source=path).notices == (f"{path} {said}",)
+    assert resolve_training("fixed", FOLDERS, source=path).notices == ()
+
+
+def test_an_earlier_run_beside_one_that_is_gone_on_with_is_said_to_have_no_effect(tmp_path: Path):
+    checkpoint = tmp_path / "run" / "checkpoints" / "epoch_1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / STATE_FILE).touch()
+    text = run_config_text(config(rank=8), recipe="fixed", version="1", objective="")
+    (checkpoint / "config.json").write_text(text, encoding="utf-8")
+    other = tmp_path / "config.json"
+    other.write_text(text.replace('"rank": 8', '"rank": 16'), encoding="utf-8")
+    resumed = {"resume_from": tmp_path / "run"}
+    assert resolve_training("fixed", resumed).notices == ()
+    found = resolve_training("fixed", resumed, source=other)
+    assert found.config.rank == 8
+    assert found.notices == ("--config has no effect with --resume-from: a run goes on with its own settings.",)
 
 
 def test_a_choice_of_attention_without_attention_among_the_targets_is_said():
