@@ -21,10 +21,11 @@ def divide(
     same rank. ConfigError when the budget does not pay for anything.
     """
     uniform = uniform_names(config, costs)
-    budget = config.parameters or config.rank * sum(costs[name] for name in uniform)
+    budget = _budget(config, costs)
     suggestions: tuple[int | None, int | None] = (None, None)
     if gains_MR is None:
-        rank = min(uniform_rank([costs[name] for name in uniform], budget=budget), *(limits[n] for n in uniform))
+        affordable = uniform_rank([costs[name] for name in uniform], budget=budget)
+        rank = min(affordable, config.rank_max, *(limits[name] for name in uniform))
         ranks = {name: rank if name in set(uniform) else 0 for name in costs}
     else:
         groups = _groups(list(costs), config.granularity)
@@ -37,10 +38,7 @@ def divide(
             suggestions = (suggested_rank(units), suggested_parameters(units, **bounds))
     spent = sum(rank * costs[name] for name, rank in ranks.items())
     if not spent:
-        raise ConfigError(
-            f"A budget of {budget:,} parameters does not pay for any module.",
-            hint="Set a smaller --rank-min, or more --parameters.",
-        )
+        raise _pays_for_nothing(budget)
     return (
         Budget(
             parameters=budget,
@@ -52,6 +50,15 @@ def divide(
         ),
         ranks,
     )
+
+
+def check_budget(config: EstimateConfig, costs: Mapping[str, int]) -> None:
+    """Raise ConfigError for a budget that pays for no module, whatever is measured."""
+    budget = _budget(config, costs)
+    smallest = min(sum(costs[name] for name in group) for group in _groups(list(costs), config.granularity))
+    uniform = sum(costs[name] for name in uniform_names(config, costs))
+    if budget < min(config.rank_min * smallest, uniform):
+        raise _pays_for_nothing(budget)
 
 
 def check_equal_size(config: EstimateConfig, costs: Mapping[str, int]) -> None:
@@ -90,6 +97,17 @@ def what_it_captures(
         by_map=captured(units, [ranks[name] for name in costs]),
         by_uniform=captured(units, [rank if name in uniform else 0 for name in costs]),
         uniform_rank=rank,
+    )
+
+
+def _budget(config: EstimateConfig, costs: Mapping[str, int]) -> int:
+    return config.parameters or config.rank * sum(costs[name] for name in uniform_names(config, costs))
+
+
+def _pays_for_nothing(budget: int) -> ConfigError:
+    return ConfigError(
+        f"A budget of {budget:,} parameters does not pay for any module.",
+        hint="Set a smaller --rank-min, or more --parameters.",
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from sidestep.config.rank_map import Captured, ModuleRank, Origin, RankMap, recipe_fingerprint
 from sidestep.config.tasks import EstimateConfig, focus_range
 from sidestep.errors import RunError
-from sidestep.estimate.division import check_equal_size, divide, what_it_captures
+from sidestep.estimate.division import check_budget, check_equal_size, divide, what_it_captures
 from sidestep.estimate.methods import METHODS, Found
 from sidestep.estimate.question import Question, prepare
 from sidestep.estimate.scores import CrossFit
@@ -42,6 +42,7 @@ def estimate(config: EstimateConfig, *, checkpoint: Checkpoint, version: str, em
     """
     question = prepare(config, checkpoint=checkpoint, emit=emit)
     costs = {name: sum(shape) for name, shape in question.shapes.items()}
+    check_budget(config, costs)
     check_equal_size(config, costs)
     found = _measure(question)
     limits = {name: min(shape) for name, shape in question.shapes.items()}
@@ -82,7 +83,8 @@ def _is_noise(found: Found, emit: Emit) -> bool:
     emit(
         Notice(
             text="Nothing stands out: the two halves of the draws agree on no module's gradient. "
-            "The map gives every module the same rank. More --estimate-batches may find something.",
+            "The map gives every module of the uniform adapter the same rank. More --estimate-batches may find "
+            "something.",
             level="warning",
         )
     )

@@ -64,7 +64,9 @@ def test_what_cannot_be_is_said_before_anything_is_computed(
     assert "There is no folder" in capsys.readouterr().err
     songs = write_songs(tmp_path / "songs", base, (40, 44))
     assert main(typed(base, songs, "--parameters", "10")) == 2
-    assert "does not pay for any module" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "does not pay for any module" in said.err
+    assert "Estimating" not in said.out  # Refused before anything is measured.
     assert main(typed(base, songs, "--timestep-focus", "0.31,0.32", "--timestep-mode", "discrete")) == 2
     assert "trains no timestep from 0.31 to 0.32" in capsys.readouterr().err
     assert main(typed(base, songs, "--output", str(songs))) == 2

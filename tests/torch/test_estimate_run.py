@@ -157,6 +157,7 @@ def test_a_map_without_anything_that_stands_out_is_uniform_and_says_so(
     assert set(rank_map.ranks.values()) == {4}
     assert len(rank_map.ranks) == 4 * 8
     assert rank_map.budget.spent == rank_map.budget.parameters
+    assert set(run(config(songs, rank_max=2), base)[0].ranks.values()) == {2}
 
 
 def trained(rank_map: Path, songs: Path, base: Checkpoint, output: Path, **changes: Any):
