@@ -20,6 +20,7 @@ from sidestep.training.adapters.base import target_suffixes
 
 PREFIX = "base_model.model."
 _ADAPTER = "export"
+_WRAPPED = ".base_layer."
 
 
 class Peft:
@@ -30,7 +31,7 @@ class Peft:
 
     def write(self, folder: Path, content: Content, base: BaseWeights) -> None:
         """Write the two files."""
-        tensors = {f"{PREFIX}{name}": value.contiguous() for name, value in content.biases.items()}
+        tensors = {f"{PREFIX}{_in_peft(name, content)}": value.contiguous() for name, value in content.biases.items()}
         for module, change in content.low_rank():
             tensors[f"{PREFIX}{module}.lora_A.weight"] = change.down
             tensors[f"{PREFIX}{module}.lora_B.weight"] = change.up
@@ -60,4 +61,11 @@ class Peft:
             yield (module, layer_change(layer, _ADAPTER, module, base))
         for name, parameter in skeleton.named_parameters():
             if name.endswith(".bias") and not parameter.isnan().any():
-                yield name, parameter.double() - base.tensor(name)
+                own = name.replace(_WRAPPED, ".")
+                yield own, parameter.double() - base.tensor(own)
+
+
+def _in_peft(bias: str, content: Content) -> str:
+    """Return a bias's name in PEFT, which wraps the modules that it puts an adapter on."""
+    module = bias.removesuffix(".bias")
+    return f"{module}{_WRAPPED}bias" if module in content.changes else bias

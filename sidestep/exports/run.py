@@ -32,6 +32,7 @@ TARGETS: Mapping[str, Callable[[str], Target]] = {
 DEFAULT_RANK = 128
 """The rank of a LoRA made from something else, where none is asked for."""
 TOLERANCE = 1e-5
+_BIASES_GO_TO = "Export it with --to merged or comfyui."
 # Half a unit in the last place, as a share of the number.
 _ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
@@ -108,8 +109,10 @@ def _check(source: Source, target: Target, target_name: str, base: BaseWeights) 
     if source.biases and not target.reads_biases:
         raise ModelError(
             f"{source.file} trains {len(source.biases)} biases, and {target_name} reads none.",
-            hint="Export it with --to merged, peft or comfyui.",
+            hint=_BIASES_GO_TO if not source.changes else "Export it with --to merged, peft or comfyui.",
         )
+    if not source.changes and target_name == "peft":
+        raise ModelError(f"{source.file} changes biases alone, of which PEFT makes no adapter.", hint=_BIASES_GO_TO)
     if target_name == "merged":
         if base.checkpoint.layout != "original":
             raise ModelError(

@@ -93,7 +93,8 @@ def test_other_settings_are_refused_with_those_of_the_file(official_lokr, option
     assert "(linear_dim 2, linear_alpha 6, factor -1, decompose_both on, weight_decompose off)" in caught.value.hint
 
 
-def test_a_lora_of_smaller_and_patterned_ranks_keeps_its_effect(tmp_path: Path):
+@pytest.mark.parametrize("query", ["q_proj", "to_q"])
+def test_a_lora_of_smaller_and_patterned_ranks_keeps_its_effect(tmp_path: Path, query: str):
     decoder, adapter = train_and_write(tmp_path, "lora", targets=ATTENTION_PROJECTIONS)
     path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -101,7 +102,8 @@ def test_a_lora_of_smaller_and_patterned_ranks_keeps_its_effect(tmp_path: Path):
     tensors[f"{shrunk}A.weight"] = tensors[f"{shrunk}A.weight"][:1].contiguous()
     tensors[f"{shrunk}B.weight"] = tensors[f"{shrunk}B.weight"][:, :1].contiguous() / 3
     save_file(tensors, path)
-    write_config(tmp_path, rank_pattern={"layers.1.self_attn.q_proj": 1}, alpha_pattern={"1.self_attn.q_proj": 3})
+    rank_pattern, alpha_pattern = {f"layers.1.self_attn.{query}": 1}, {f"1.self_attn.{query}": 3}
+    write_config(tmp_path, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
     fresh = tiny_decoder()
     attach(fresh, "lora", targets=PROJECTIONS, rank=5).read(tmp_path)
     with torch.no_grad():

@@ -310,8 +310,8 @@ def test_files_of_other_programs_are_read_at_their_own_scale(tmp_path: Path, bas
     [
         (b'{"r": 4, "lora_alpha": "8"}', "states '8' as the alpha"),
         (b'{"r": 4, "lora_alpha": null}', "states None as the alpha"),
-        (b'{"r": 4, "alpha_pattern": {"(": 3}}', "an alpha_pattern that cannot be read"),
-        (b'{"r": 4, "alpha_pattern": [3]}', "an alpha_pattern that cannot be read"),
+        (b'{"r": 4, "alpha_pattern": {"(": 3}}', "an unreadable alpha_pattern"),
+        (b'{"r": 4, "alpha_pattern": [3]}', "an unreadable alpha_pattern"),
         (b'{"r": "\xe9', "is not valid JSON"),
     ],
 )

@@ -54,7 +54,12 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is damaged: {error}.") from error
-    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    broken = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
     if broken:
         raise ModelError(f"{path} holds numbers that are not finite, in {broken[0]} first.")
     return tensors, header
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # torch compares no numbers of 8 bits.
+    return bool((tensor.float() if tensor.dtype.itemsize == 1 else tensor).isfinite().all())

@@ -286,7 +286,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _scaling_in(config: Mapping[str, Any], name: str) -> float:
-    """Return the scale PEFT applies to a tensor's module; patterns match the end of its name."""
+    """Return the scale PEFT applies to a tensor's module.
+
+    Patterns match the end of its name, in the original's words or in diffusers', as in adapters trained on its model.
+    """
     module = _module_of(name)
     rank = _pattern_value(config["rank_pattern"], module, config["r"])
     alpha = _pattern_value(config["alpha_pattern"], module, config["lora_alpha"])
@@ -296,7 +299,7 @@ def _scaling_in(config: Mapping[str, Any], name: str) -> float:
 def _pattern_value(patterns: Mapping[str, float], module: str, default: float) -> float:
     for pattern, value in patterns.items():
         try:
-            is_match = re.match(rf"(.*\.)?({pattern})$", module)
+            is_match = any(re.match(rf"(.*\.)?({pattern})$", name) for name in (module, to_diffusers(module)))
         except re.error as error:
             raise ModelError(f"'{pattern}' in {LORA_CONFIG} is no pattern: {error}.") from error
         if is_match:

@@ -1,0 +1,143 @@
+"""Adapters that other programs wrote are read as those programs mean them, or refused with a reason."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, get_peft_model
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sidestep.errors import ModelError
+from sidestep.exports.base import BaseWeights
+from sidestep.exports.run import export
+from sidestep.exports.source import read_adapter
+from sidestep.model.checkpoint import Checkpoint
+from sidestep.model.loading import load_decoder
+from sidestep.model.names import to_original
+from tests.torch.test_exports import assert_same, changes_of
+
+MODULE = "layers.0.self_attn.q_proj"
+QUERY, OTHER_QUERY = "layers.0.self_attn.to_q", "layers.1.self_attn.to_q"
+
+
+def saved_by_peft(folder: Path, model: nn.Module, config: PeftConfig) -> dict[str, Tensor]:
+    """Let PEFT save a random adapter on a model; give what it does to each weight, by the original's names."""
+    before = {name: weight.double() for name, weight in model.state_dict().items()}
+    wrapped: Any = get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    wrapped.save_pretrained(str(folder))
+    after = wrapped.merge_and_unload().state_dict()
+    changed = {name: after[name].double() - weight for name, weight in before.items()}
+    return {to_original(name).removesuffix(".weight"): change for name, change in changed.items() if change.any()}
+
+
+def original_layers(base: Checkpoint) -> nn.Module:
+    """The decoder's layers with their weights, under the original's names."""
+    weights = BaseWeights(base)
+    root = weights.skeleton()
+    for name, module in root.named_modules():
+        for own, _ in list(module.named_parameters(recurse=False)):
+            value = weights.tensor(f"{name}.{own}").float()
+            setattr(module, own, nn.Parameter(value))
+    return root
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoKrConfig(r=4, alpha=12, target_modules=["q_proj"]),
+        LoKrConfig(r=64, alpha=128, target_modules=["q_proj"]),
+        LoKrConfig(r=4, alpha=12, target_modules=["q_proj"], rank_pattern={MODULE: 2}, alpha_pattern={MODULE: 3}),
+        LoHaConfig(r=4, alpha=12, target_modules=["q_proj"]),
+    ],
+    ids=["lokr", "lokr of whole factors", "lokr of several ranks", "loha"],
+)
+def test_lokr_and_loha_of_peft_are_read_at_the_strength_that_their_config_states(
+    tmp_path: Path, base: Checkpoint, config: PeftConfig
+):
+    wanted = saved_by_peft(tmp_path / "theirs", original_layers(base), config)
+    assert_same(changes_of(tmp_path / "theirs", base), wanted)
+
+
+def test_patterns_of_an_adapter_trained_on_diffusers_model_count(tmp_path: Path, base: Checkpoint):
+    decoder = load_decoder(base, device=torch.device("cpu"), dtype=torch.float32)
+    patterns = {"rank_pattern": {OTHER_QUERY: 7}, "alpha_pattern": {QUERY: 20}}
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_k"], **patterns)
+    wanted = saved_by_peft(tmp_path / "theirs", decoder, config)
+    assert_same(changes_of(tmp_path / "theirs", base), wanted)
+
+
+def test_the_bias_of_an_adapted_module_is_read_and_written_as_peft_does(tmp_path: Path, base: Checkpoint):
+    config = LoraConfig(r=4, lora_alpha=8, bias="lora_only", target_modules=["condition_embedder", "q_proj"])
+    saved_by_peft(tmp_path / "theirs", original_layers(base), config)
+    found = read_adapter(tmp_path / "theirs", BaseWeights(base))
+    assert list(found.biases) == ["condition_embedder.bias"]
+    export(tmp_path / "theirs", base, target_name="peft", output=tmp_path / "ours")
+    again = read_adapter(tmp_path / "ours", BaseWeights(base))
+    torch.testing.assert_close(again.biases, found.biases)
+
+
+def test_a_file_of_8_bit_numbers_is_read(tmp_path: Path, base: Checkpoint):
+    down, up = (torch.randn(shape).to(torch.float8_e4m3fn) for shape in ((4, 48), (64, 4)))
+    save_file({f"{MODULE}.lora_A.weight": down, f"{MODULE}.lora_B.weight": up}, tmp_path / "small.safetensors")
+    assert_same(changes_of(tmp_path / "small.safetensors", base), {MODULE: up.double() @ down.double()})
+
+
+def lora(rank: int = 4, **others: Tensor) -> dict[str, Tensor]:
+    return {"lora_down.weight": torch.ones(rank, 48), "lora_up.weight": torch.ones(64, rank), **others}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        lora(alpha=torch.ones(2)),
+        lora(rank=0),
+        {"lora_down.weight": torch.ones(4, 48), "lora_up.weight": torch.ones(64, 5)},
+        {"lora_down.weight": torch.ones(()), "lora_up.weight": torch.ones(64, 5)},
+        {"lokr_w1": torch.ones(4), "lokr_w2": torch.ones(16, 12)},
+        {"lokr_w1": torch.ones(4, 4), "lokr_w2_a": torch.ones(16, 3), "lokr_w2_b": torch.ones(2, 12)},
+        {f"hada_{name}": torch.ones(64 if name.endswith("a") else 3, 48) for name in ("w1_a", "w1_b", "w2_a", "w2_b")},
+    ],
+)
+def test_factors_that_do_not_fit_each_other_are_refused(tmp_path: Path, base: Checkpoint, parts: dict[str, Tensor]):
+    path = tmp_path / "broken.safetensors"
+    save_file({f"{MODULE}.{part}": tensor for part, tensor in parts.items()}, path)
+    with pytest.raises(ModelError, match=f"factors of {MODULE} that do not fit each other"):
+        read_adapter(path, BaseWeights(base))
+
+
+def test_a_bias_of_another_model_is_refused(tmp_path: Path, base: Checkpoint):
+    for name in ("bias", "diff_b"):
+        save_file({f"condition_embedder.{name}": torch.ones(64)}, tmp_path / f"{name}.safetensors")
+        with pytest.raises(ModelError, match=r"condition_embedder\.bias is \[48\] there"):
+            read_adapter(tmp_path / f"{name}.safetensors", BaseWeights(base))
+
+
+def test_biases_alone_are_no_adapter_for_peft(tmp_path: Path, base: Checkpoint):
+    save_file({"condition_embedder.diff_b": torch.ones(48)}, tmp_path / "bias.safetensors")
+    with pytest.raises(ModelError, match="biases alone"):
+        export(tmp_path / "bias.safetensors", base, target_name="peft", output=tmp_path / "out")
+    export(tmp_path / "bias.safetensors", base, target_name="comfyui", output=tmp_path / "out")
+
+
+def test_one_module_under_two_names_is_refused(tmp_path: Path, base: Checkpoint):
+    stems = (f"base_model.model.{MODULE}", f"diffusion_model.decoder.{MODULE}")
+    save_file({f"{stem}.{name}": part for stem in stems for name, part in lora().items()}, tmp_path / "a.safetensors")
+    with pytest.raises(ModelError, match="more than one adapter"):
+        read_adapter(tmp_path / "a.safetensors", BaseWeights(base))
+
+
+@pytest.mark.parametrize("stated", [0, -4, "8", None])
+def test_a_rank_of_peft_that_cannot_be_meant_is_named(tmp_path: Path, base: Checkpoint, stated: Any):
+    saved_by_peft(tmp_path / "a", original_layers(base), LoKrConfig(r=4, alpha=12, target_modules=["q_proj"]))
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "r": stated}))
+    with pytest.raises(ModelError, match=r"adapter_config\.json states .* as the (r|rank) of "):
+        read_adapter(tmp_path / "a", BaseWeights(base))
