@@ -20,6 +20,7 @@ from sidestep.exports.changes import Hadamard, Kronecker, LowRank, changed
 from sidestep.exports.target import Content
 from sidestep.model.checkpoint import SILENCE_FILE, Checkpoint
 from sidestep.model.names import DECODER_PREFIX
+from sidestep.model.weights import read_weights
 
 _INDEX = "model.safetensors.index.json"
 _COPIED = ("config.json", _INDEX, SILENCE_FILE)
@@ -65,9 +66,8 @@ class Merged:
 
 
 def weight_files(checkpoint: Checkpoint) -> list[Path]:
-    """Return the weights files of a checkpoint in the original layout: one, or its shards."""
-    single = checkpoint.folder / "model.safetensors"
-    return [single] if single.is_file() else sorted(checkpoint.folder.glob("model-*.safetensors"))
+    """Return the weights files of a checkpoint in the original layout: one, or the shards that its index names."""
+    return sorted({tensor.file for tensor in read_weights(checkpoint.folder, "model").values()})
 
 
 def _merge(tensors: dict[str, Tensor], content: Content) -> None:

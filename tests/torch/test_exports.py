@@ -206,10 +206,16 @@ def test_a_merged_model_is_a_checkpoint_whose_weights_hold_the_change(tmp_path: 
     load_decoder(merged, device=CPU, dtype=torch.float32)
 
 
-def test_a_merged_xl_model_keeps_its_shards(tmp_path: Path):
+@pytest.mark.parametrize("stem", ["model-", "part_"])
+def test_a_merged_xl_model_keeps_its_shards(tmp_path: Path, stem: str):
     from sidestep.demo.checkpoint import build_toy_checkpoint
 
-    xl = find_checkpoint(build_toy_checkpoint(tmp_path / "ck", variant="xl-base"), "xl-base")
+    folder = build_toy_checkpoint(tmp_path / "ck", variant="xl-base") / "acestep-v15-xl-base"
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace('"model-', f'"{stem}'))
+    for shard in list(folder.glob("model-*")):
+        shard.rename(folder / shard.name.replace("model-", stem))
+    xl = find_checkpoint(tmp_path / "ck", "xl-base")
     wanted = trained(tmp_path / "run", xl, **SETTINGS["lora"])
     done = export(tmp_path / "run", xl, target_name="merged", output=tmp_path / "ck" / "acestep-v15-xl-mine")
     assert done.error < LOSSLESS
