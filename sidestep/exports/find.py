@@ -53,7 +53,7 @@ def header_of(file: Path) -> dict[str, str]:
             if length > _LARGEST_HEADER:
                 raise ModelError(f"{file} is no safetensors file.")
             content = json.loads(stream.read(length))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file} cannot be read as safetensors: {error}.") from error
     words = content.get("__metadata__", {}) if isinstance(content, dict) else {}
     return words if isinstance(words, dict) else {}
@@ -62,7 +62,7 @@ def header_of(file: Path) -> dict[str, str]:
 def origin_of(file: Path) -> dict[str, Any]:
     """Return what our own training wrote about an adapter: `model_variant`, `decoder`, ...; empty for others'."""
     try:
-        origin = json.loads(header_of(file).get("sidestep", "{}"))
-    except ValueError:
+        origin = json.loads(str(header_of(file).get("sidestep", "{}")))
+    except (ValueError, RecursionError):
         return {}
     return origin if isinstance(origin, dict) else {}

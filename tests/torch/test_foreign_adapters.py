@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sidestep.errors import ModelError
 from sidestep.exports.base import BaseWeights
+from sidestep.exports.find import origin_of
 from sidestep.exports.run import export
 from sidestep.exports.source import read_adapter
 from sidestep.model.checkpoint import Checkpoint
@@ -141,3 +142,21 @@ def test_a_rank_of_peft_that_cannot_be_meant_is_named(tmp_path: Path, base: Chec
     path.write_text(json.dumps({**json.loads(path.read_text()), "r": stated}))
     with pytest.raises(ModelError, match=r"adapter_config\.json states .* as the (r|rank) of "):
         read_adapter(tmp_path / "a", BaseWeights(base))
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        (b"[" * 200_000, "cannot be read as safetensors"),
+        (b'{"__metadata__": {"sidestep": 5}}', None),
+        (b'{"__metadata__": {"sidestep": "' + b"[" * 200_000 + b'"}}', None),
+    ],
+)
+def test_a_header_that_is_no_header_of_ours_says_nothing_or_is_refused(tmp_path: Path, header: bytes, said: str | None):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    if said is None:
+        assert origin_of(path) == {}
+        return
+    with pytest.raises(ModelError, match=said):
+        origin_of(path)
