@@ -27,6 +27,8 @@ def run(config: ExportConfig, *, console: Console) -> int:
     file = find_adapter(config.adapter)
     if config.output.exists() and (not config.output.is_dir() or any(config.output.iterdir())):
         raise ConfigError(f"{config.output} holds something already.", hint="Name a new folder with --output.")
+    if config.output.name in ("", ".."):
+        raise ConfigError(f"{config.output} names no new folder.", hint="Give --output the name of one.")
     checkpoint = chosen_checkpoint(config.checkpoint_dir, config.model_variant, config.base_model, adapter=file)
     quiet_libraries()
     trained_on = origin_of(file).get("decoder")
@@ -54,6 +56,8 @@ def run(config: ExportConfig, *, console: Console) -> int:
         rows.append(("name", "ACE-Step's app lists only folders whose name begins with acestep-v15-"))
     if config.to == "merged" and checkpoint.is_turbo and "merge" in config.output.name.lower():
         rows.append(("name", "ACE-Step's app takes a folder with merge in its name for no turbo model: rename it"))
+    if config.to == "peft" and "." in config.output.name:
+        rows.append(("name", "ACE-Step's app takes no adapter from a folder with a dot in its name: rename it"))
     rows.append(("use it", _READERS[config.to].format(path=str(config.output))))
     console.table(f"Exported to {config.output} in {time.monotonic() - started:.0f} s", rows)
     return 0

@@ -158,6 +158,23 @@ def test_a_name_that_hides_a_merged_turbo_is_pointed_out(
         assert ("rename it" in capsys.readouterr().out) is is_hidden
 
 
+def test_a_dot_in_the_name_of_a_folder_for_the_app_is_pointed_out(
+    tmp_path: Path, models: Checkpoint, adapter: Path, capsys: pytest.CaptureFixture[str]
+):
+    for name, target, is_said in (("my.lora", "peft", True), ("mine", "peft", False), ("my.file", "comfyui", False)):
+        assert export(models, adapter, tmp_path / name, "--to", target) == 0
+        assert ("rename it" in capsys.readouterr().out) is is_said
+
+
+@pytest.mark.parametrize("output", [".", "..", "below/.."])
+def test_an_export_takes_no_folder_without_a_name(
+    tmp_path: Path, models: Checkpoint, adapter: Path, monkeypatch: pytest.MonkeyPatch, output: str
+):
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    assert export(models, adapter, Path(output), "--to", "comfyui") == 2
+
+
 def test_an_export_reads_the_model_that_was_typed(
     tmp_path: Path, models: Checkpoint, adapter: Path, capsys: pytest.CaptureFixture[str]
 ):
