@@ -130,6 +130,15 @@ def test_an_adapter_of_another_kind_is_named(tmp_path: Path, kind: str):
             assert f"--adapter-type {kind}" in caught.value.hint
 
 
+@pytest.mark.parametrize(("kind", "name"), [("lora", "comfy.safetensors"), ("lora", "old.pt"), ("lokr", "old.bin")])
+def test_an_adapter_beside_the_file_that_was_named_is_not_taken_for_it(tmp_path: Path, kind: str, name: str):
+    train_and_write(tmp_path, kind)
+    (tmp_path / name).write_bytes(b"another adapter")
+    adapter = attach(tiny_decoder(), kind)
+    with pytest.raises(ModelError, match=r"is not read: a Lo.* is read from .*safetensors"):
+        adapter.read(tmp_path / name)
+
+
 @pytest.mark.parametrize("kind", ["lora", "lokr"])
 def test_where_there_is_no_adapter_the_error_says_what_is_looked_for(tmp_path: Path, kind: str):
     adapter = attach(tiny_decoder(), kind)

@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from sidestep.config.runs import LOHA_FILE, LOKR_FILE, LORA_FILE
+from sidestep.config.runs import LOHA_FILE, LOKR_FILE, LORA_CONFIG, LORA_FILE
 from sidestep.errors import ModelError
 
 _KINDS = {LORA_FILE: ("LoRA", "lora (or dora)"), LOKR_FILE: ("LoKr", "lokr"), LOHA_FILE: ("LoHa", "loha")}
@@ -31,15 +31,20 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
 def find_weights(path: Path, name: str) -> Path:
     """Return the weights file called `name` in an adapter's folder, ours and Side-Step 1's, or in adapter/ below it.
 
-    `path` may also be a file beside it. ModelError says what else lies there.
+    `path` may also be that file or its config. ModelError says what else lies there; another file's neighbour is not
+    taken for it.
     """
-    folder = path.parent if path.is_file() else path
+    folder, label = path.parent if path.is_file() else path, _KINDS[name][0]
     for place in (folder, folder / "adapter"):
         if (place / name).is_file():
+            if path.is_file() and path.name not in (name, LORA_CONFIG):
+                raise ModelError(
+                    f"{path} is not read: a {label} is read from {name}.",
+                    hint=f"Give {place / name}, if that is the one you mean; it lies beside it.",
+                )
             return place / name
     if not path.exists():
         raise ModelError(f"There is no adapter {path}: no such file or folder.")
-    label = _KINDS[name][0]
     for other, (other_label, choice) in _KINDS.items():
         if (folder / other).is_file() or (folder / "adapter" / other).is_file():
             raise ModelError(f"{path} holds a {other_label}, not a {label}.", hint=f"Set --adapter-type {choice}.")
