@@ -48,7 +48,7 @@ def read_story(folder: Path) -> Story:
     story.recipe = str(config.get("objective", ""))
     for line in _lines(folder / METRICS):
         _take(story, line)
-    story.samples = _json(folder / SAMPLES)
+    story.samples = _samples(folder)
     dataset = _json(Path(str(settings.get("dataset_dir") or "")) / "preprocess_meta.json")
     songs = dataset.get("songs")
     story.songs = sorted(str(name) for name in songs.values()) if isinstance(songs, dict) else []
@@ -113,6 +113,14 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _samples(folder: Path) -> dict[str, Any]:
+    """Return what samples.json says, but for renderings that are no files of its own folder."""
+    samples = _json(folder / SAMPLES)
+    home = (folder / SAMPLES).parent.resolve()
+    inside = [entry for entry in samples.get("renderings", []) if (home / entry["file"]).resolve().is_relative_to(home)]
+    return {**samples, "renderings": inside} if samples else {}
 
 
 def _rank_map(path: Path) -> RankMap | None:

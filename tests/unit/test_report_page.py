@@ -240,6 +240,20 @@ def test_a_damaged_sound_is_left_out(tmp_path: Path):
     assert len(parsed.all_of("audio")) == 2
 
 
+def test_only_sounds_of_the_runs_own_folder_are_in_the_page(tmp_path: Path):
+    folder = write_run(tmp_path / "run", epochs=2)
+    write_run(tmp_path / "other", epochs=1)
+    index = folder / "samples" / "samples.json"
+    content = json.loads(index.read_text())
+    outside = tmp_path / "other" / "samples" / "base" / "1_x.flac"
+    content["renderings"][0]["file"] = "../../other/samples/base/1_x.flac"
+    content["renderings"][1]["file"] = str(outside)
+    index.write_text(json.dumps(content))
+    assert outside.is_file()
+    _, parsed = page_of(folder)
+    assert len(parsed.all_of("audio")) == 1
+
+
 def test_a_torn_file_is_left_out(tmp_path: Path):
     folder = write_run(tmp_path / "run")
     (folder / "samples" / "samples.json").write_text('{"prompts": [')
