@@ -6,6 +6,7 @@ from dataclasses import replace
 from sidestep.commands.libraries import load_libraries
 from sidestep.commands.models import chosen_checkpoint
 from sidestep.config.adapter_tasks import SampleConfig
+from sidestep.config.settings import settings_of
 from sidestep.errors import ConfigError
 from sidestep.exports.find import find_adapter
 from sidestep.listen.prompts import SamplePrompt, prompt_of_words, read_prompts
@@ -13,10 +14,17 @@ from sidestep.model.checkpoint import check_encoders
 from sidestep.ui.console import Console
 from sidestep.ui.problems import quiet_libraries
 
+_WORDS = ("lyrics", "language", "bpm", "keyscale", "timesignature")
+"""What a prompt says besides its caption: with --prompts, in the file alone."""
+
 
 def run(config: SampleConfig, *, console: Console) -> int:
     """Render every prompt at every strength; returns the exit code."""
     prompts = _prompts(config)
+    for notice in _idle(config):
+        console.warning(notice)
+    if config.output.exists() and not config.output.is_dir():
+        raise ConfigError(f"{config.output} is no folder.", hint="Name one with --output.")
     file = find_adapter(config.adapter) if config.adapter else None
     checkpoint = chosen_checkpoint(config.checkpoint_dir, config.model_variant, config.base_model, adapter=file)
     check_encoders(checkpoint)
@@ -52,20 +60,24 @@ def run(config: SampleConfig, *, console: Console) -> int:
     return 0
 
 
+def _idle(config: SampleConfig) -> list[str]:
+    """Return a sentence for each setting that differs from its default and that nothing reads."""
+    unread = {name: f"{config.prompts} says it" for name in _WORDS} if config.prompts else {}
+    if config.adapter is None:
+        unread["strengths"] = "it counts only with --adapter"
+    return [
+        f"{setting.flag} has no effect here: {unread[setting.name]}."
+        for setting in settings_of(SampleConfig)
+        if setting.name in unread and getattr(config, setting.name) != setting.default
+    ]
+
+
 def _prompts(config: SampleConfig) -> list[SamplePrompt]:
     if (config.prompt is None) == (config.prompts is None):
         raise ConfigError("Give either --prompt TEXT or --prompts FILE.")
     if config.prompts is not None:
         return read_prompts(config.prompts)
-    words = {
-        "caption": config.prompt,
-        "lyrics": config.lyrics,
-        "language": config.language,
-        "bpm": config.bpm,
-        "keyscale": config.keyscale,
-        "timesignature": config.timesignature,
-    }
     try:
-        return [prompt_of_words(words)]
+        return [prompt_of_words({"caption": config.prompt, **{name: getattr(config, name) for name in _WORDS}})]
     except ValueError as error:
         raise ConfigError(f"The prompt cannot be used: {error}.") from error

@@ -102,6 +102,23 @@ def test_prompts_come_from_a_file(tmp_path: Path, models: Checkpoint, usual: np.
     assert np.array_equal(sounds["warm-synths_seed42_x0.flac"], usual)
 
 
+def test_what_no_sample_hears_is_said(tmp_path: Path, models: Checkpoint, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "prompts.txt").write_text("warm synths")
+    words = ["--prompts", tmp_path / "prompts.txt", "--lyrics", "[Verse] la", "--bpm", 90, "--strengths", "0.5"]
+    sample(models, tmp_path / "out", *words)
+    said = capsys.readouterr()
+    for flag in ("--lyrics", "--bpm", "--strengths"):
+        assert f"{flag} has no effect here" in said.out + said.err
+    assert "--keyscale" not in said.out + said.err
+
+
+def test_a_sample_is_written_into_a_folder_only(tmp_path: Path, models: Checkpoint, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "file").touch()
+    words = ["sample", "-c", str(models.root), "-M", "base", "--prompt", "x", "--output", str(tmp_path / "file")]
+    assert main([*words, "--plain"]) == 2
+    assert "is no folder" in capsys.readouterr().err
+
+
 def test_an_adapter_is_heard_at_its_strengths_and_knows_its_model(
     tmp_path: Path, models: Checkpoint, adapter: Path, usual: np.ndarray, capsys: pytest.CaptureFixture[str]
 ):
