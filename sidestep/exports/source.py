@@ -23,7 +23,7 @@ from sidestep.exports.base import BaseWeights
 from sidestep.exports.changes import Change, Hadamard, Kronecker, LowRank, row_norms
 from sidestep.exports.find import PEFT_CONFIG, PEFT_FILE, find_adapter
 from sidestep.model.names import to_diffusers, to_original
-from sidestep.training.adapters.files import read_weights
+from sidestep.training.adapters.files import check_start, read_weights
 
 DIFFUSERS_HEADER = "lora_adapter_metadata"
 DIFFUSERS_PREFIX = "transformer."
@@ -209,12 +209,14 @@ def _scale_rule(file: Path, header: Mapping[str, str]) -> Scale:
     if file.name == PEFT_FILE and (file.parent / PEFT_CONFIG).is_file():
         path = file.parent / PEFT_CONFIG
         settings = _json(path, path.read_text(encoding="utf-8", errors="replace"))
+        check_start(path, settings)
         if settings.get("peft_type") in _PEFT_LYCORIS:
             return lambda module, _: _peft_lycoris_scale(path, settings, module)
         return lambda module, rank: _stated_scale(path, settings, module, rank)
     if DIFFUSERS_HEADER in header:
         stated = _json(file, header[DIFFUSERS_HEADER])
         settings = {key.removeprefix(DIFFUSERS_PREFIX): value for key, value in stated.items()}
+        check_start(file, settings)
         return lambda module, rank: _stated_scale(file, settings, module, rank)
     return lambda module, rank: 1.0
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sidestep.errors import ModelError
@@ -19,6 +19,7 @@ from sidestep.model.checkpoint import Checkpoint
 from sidestep.model.loading import load_decoder
 from sidestep.model.names import to_original
 from tests.torch.test_exports import assert_same, changes_of
+from tests.torch.tiny_adapters import attach, tiny_decoder
 
 MODULE = "layers.0.self_attn.q_proj"
 QUERY, OTHER_QUERY = "layers.0.self_attn.to_q", "layers.1.self_attn.to_q"
@@ -160,3 +161,24 @@ def test_a_header_that_is_no_header_of_ours_says_nothing_or_is_refused(tmp_path:
         return
     with pytest.raises(ModelError, match=said):
         origin_of(path)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_of_weights_that_peft_made_of_the_models_is_refused(tmp_path: Path, base: Checkpoint, start: Any):
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=start)
+    saved_by_peft(tmp_path / "theirs", original_layers(base), config)
+    with pytest.raises(ModelError, match=f"init_lora_weights '{start}'"):
+        read_adapter(tmp_path / "theirs", BaseWeights(base))
+    with pytest.raises(ModelError, match=f"init_lora_weights '{start}'"):
+        attach(tiny_decoder(), "lora").read(tmp_path / "theirs")
+    tensors = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    header = {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.init_lora_weights": start})}
+    save_file(tensors, tmp_path / "diffusers.safetensors", metadata=header)
+    with pytest.raises(ModelError, match=f"init_lora_weights '{start}'"):
+        read_adapter(tmp_path / "diffusers.safetensors", BaseWeights(base))
+
+
+def test_other_starts_are_read(tmp_path: Path, base: Checkpoint):
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights="orthogonal")
+    wanted = saved_by_peft(tmp_path / "theirs", original_layers(base), config)
+    assert_same(changes_of(tmp_path / "theirs", base), wanted)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -12,6 +13,10 @@ from sidestep.config.runs import LOHA_FILE, LOKR_FILE, LORA_CONFIG, LORA_FILE
 from sidestep.errors import ModelError
 
 _KINDS = {LORA_FILE: ("LoRA", "lora (or dora)"), LOKR_FILE: ("LoKr", "lokr"), LOHA_FILE: ("LoHa", "loha")}
+
+
+# Ways to start a LoRA for which PEFT takes something out of the model's weights, and again each time it loads one.
+_STARTS_IN_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
@@ -63,6 +68,16 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     if broken:
         raise ModelError(f"{path} holds numbers that are not finite, in {broken[0]} first.")
     return tensors, header
+
+
+def check_start(stated_in: Path, settings: Mapping[str, Any]) -> None:
+    """Raise ModelError for a LoRA that is a change of other weights than the model's own."""
+    start = settings.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_STARTS_IN_THE_MODEL):
+        raise ModelError(
+            f"{stated_in} states init_lora_weights {start!r}: it changes weights that PEFT made of the model's.",
+            hint="PEFT makes a plain LoRA of it: save_pretrained with path_initial_model_for_weight_conversion.",
+        )
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -21,7 +21,7 @@ from sidestep.errors import ModelError
 from sidestep.model.fused import Lora
 from sidestep.model.names import to_diffusers, to_original
 from sidestep.training.adapters.base import diffusers_names, freeze, target_suffixes, trained_parameters
-from sidestep.training.adapters.files import LORA_FILE, find_weights, read_weights, write_weights
+from sidestep.training.adapters.files import LORA_FILE, check_start, find_weights, read_weights, write_weights
 
 PREFIX = "base_model.model."
 _RANK_AT = {"A.weight": 0, "B.weight": 1}  # A is [rank, in], B is [out, rank].
@@ -271,6 +271,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{path} cannot be read: {error}.") from error
     if not isinstance(config, dict) or config.get("peft_type", "LORA") != "LORA":
         raise ModelError(f"{path} does not describe a LoRA.")
+    check_start(path, config)
     patterns = {name: config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
     sizes = [config.get("r"), config.get("lora_alpha")]
     for pattern in patterns.values():
