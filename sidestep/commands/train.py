@@ -21,7 +21,15 @@ from sidestep.config.processes import ALONE, Processes
 from sidestep.config.rank_map import RANK_MAP_FILE, open_rank_map, read_rank_map
 from sidestep.config.recipe import RECIPE_PINS
 from sidestep.config.resolve import resolve_training
-from sidestep.config.runs import RUN_CONFIG, check_adapter_folders, checkpoints_in, run_of, set_aside_newer
+from sidestep.config.runs import (
+    RUN_CONFIG,
+    check_adapter_folders,
+    checkpoints_in,
+    is_of_run,
+    named_folder,
+    run_of,
+    set_aside_newer,
+)
 from sidestep.config.settings import build, parse_values, settings_of
 from sidestep.config.shell import shell_line, start_words
 from sidestep.config.train import TrainConfig
@@ -81,7 +89,8 @@ def run(
     if config.output_dir is not None:
         run_name = config.run_name or f"{config.adapter_type}_{time.strftime('%Y%m%d_%H%M%S')}"
         if processes.is_first:
-            _check_output(config.output_dir, run_name, goes_on=config.resume_from is not None)
+            goes_on = config.resume_from is not None and is_of_run(config.resume_from, config.output_dir)
+            _check_output(config.output_dir, run_name, goes_on=goes_on)
             _check_kept_map(config, config.output_dir)
         config = replace(config, run_name=processes.text_of_first(run_name))
     skipped = 0
@@ -241,8 +250,10 @@ def _keep_rank_map(training: "Run") -> None:
 
 def _set_newer_aside(config: TrainConfig, output_dir: Path, emit: Emit) -> None:
     """Where a run goes on from one of its older checkpoints, keep the newer ones out of the way of its next resume."""
-    checkpoint = config.resume_from
-    if checkpoint is None or run_of(checkpoint) == checkpoint or not run_of(checkpoint).samefile(output_dir):
+    if config.resume_from is None:
+        return
+    checkpoint = named_folder(config.resume_from)
+    if run_of(checkpoint) == checkpoint or not run_of(checkpoint).samefile(output_dir):
         return
     for folder in set_aside_newer(output_dir, checkpoint):
         emit(Notice(text=f"A newer checkpoint of this run is kept as {folder.name}."))

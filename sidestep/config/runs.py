@@ -37,11 +37,11 @@ def checkpoints_in(run: Path) -> list[Path]:
 
 def resume_candidates(path: Path) -> list[Path]:
     """Return the checkpoints that `--resume-from PATH` may mean, best first; ModelError when there is none."""
-    if (path / STATE_FILE).is_file():
-        return [path]
-    if path.is_file() and path.name == STATE_FILE:
-        return [path.parent]
+    path = named_folder(path)
     found = checkpoints_in(path)
+    if (path / STATE_FILE).is_file():
+        # A checkpoint that was copied out of its run becomes the folder of a run when that goes on from it.
+        return [*found, path] if run_of(path) == path else [path]
     if found:
         return found
     if not path.exists():
@@ -66,9 +66,23 @@ def set_aside_newer(run: Path, checkpoint: Path) -> list[Path]:
     return aside
 
 
+def named_folder(path: Path) -> Path:
+    """Return the folder that `--resume-from PATH` names: itself, or the one of a checkpoint's state file."""
+    return path.parent if path.name == STATE_FILE and path.is_file() else path
+
+
 def run_of(checkpoint: Path) -> Path:
     """Return the output folder of the run that a checkpoint folder belongs to."""
-    return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else checkpoint
+    # As it was typed, else as it is: `epoch_10` or `.` say nothing of the folder above them.
+    for known in (checkpoint, checkpoint.resolve()):
+        if known.parent.name == CHECKPOINTS:
+            return known.parent.parent
+    return checkpoint
+
+
+def is_of_run(path: Path, run: Path) -> bool:
+    """Say whether `--resume-from PATH` goes on with the run in this folder."""
+    return run.exists() and run_of(resume_candidates(path)[0]).samefile(run)
 
 
 def check_adapter_folders(run: Path, name: str, *, goes_on: bool) -> None:
