@@ -85,13 +85,18 @@ def is_of_run(path: Path, run: Path) -> bool:
     return run.exists() and run_of(resume_candidates(path)[0]).samefile(run)
 
 
+def holds_adapter(folder: Path) -> bool:
+    """Say whether an adapter was written into this folder."""
+    return any((folder / file).is_file() for file in (LORA_CONFIG, LOKR_FILE, LOHA_FILE))
+
+
 def check_adapter_folders(run: Path, name: str, *, goes_on: bool) -> None:
     """Raise ConfigError where an adapter called `name` would replace what is in the run's folder already.
 
     A run that `goes_on` may replace its adapter, and nothing else.
     """
     for folder in (run / f"{name}{ending}" for ending in ("", "_best", "_ema")):
-        is_adapter = any((folder / file).is_file() for file in (LORA_CONFIG, LOKR_FILE, LOHA_FILE))
+        is_adapter = holds_adapter(folder)
         is_taken = any(folder.iterdir()) if folder.is_dir() else folder.exists() or folder.is_symlink()
         if is_taken and not (goes_on and is_adapter):
             what = "an adapter is there already" if is_adapter else "something else is there"

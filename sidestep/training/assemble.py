@@ -18,7 +18,7 @@ from sidestep.config.recipe import (
     resolve_recipe,
     schedule_of,
 )
-from sidestep.config.runs import resume_candidates
+from sidestep.config.runs import holds_adapter, resume_candidates
 from sidestep.config.settings import settings_of, values_of
 from sidestep.config.train import TrainConfig
 from sidestep.errors import ConfigError, DataError, ModelError
@@ -101,6 +101,7 @@ def assemble(
     rank_map = _rank_map(config, identity, recipe, snapshot)
     state = TrainState(**snapshot.state) if snapshot else TrainState(processes=processes.count)  # pyright: ignore[reportArgumentType]
     pace = _pace(config, plan, state, emit)
+    _check_left(pace, state, [run_name, f"{run_name}_ema"][: 1 + bool(config.ema_decay)], output_dir)
     processes.must_agree(
         "settings, model, songs and checkpoint", repr((_common(config), rank_map and rank_map.content, identity, state))
     )
@@ -227,15 +228,10 @@ def common_rows(plan: Plan) -> int:
 
 
 def _pace(config: TrainConfig, plan: Plan, state: TrainState, emit: Emit) -> Pace:
-    """Decide how long the run goes; ConfigError when a resumed one has nothing left to do."""
+    """Decide how long the run goes."""
     passes = config.gradient_accumulation * state.processes
     steps_per_epoch = -(-plan.batches_per_epoch // passes)
     total_steps = config.max_steps or config.epochs * steps_per_epoch
-    if state.step >= total_steps:
-        raise ConfigError(
-            f"There is nothing left to do: {state.step} of {total_steps} steps are done.",
-            hint="Raise --epochs (or --max-steps) to train on. The folder of the checkpoint holds its adapter too.",
-        )
     schedule = schedule_of(config)
     if schedule != config.scheduler_type:
         emit(Notice(text=f"{config.optimizer_type} sets its own pace: the schedule is {schedule}."))
@@ -267,6 +263,15 @@ def _pace(config: TrainConfig, plan: Plan, state: TrainState, emit: Emit) -> Pac
         log_every=config.log_every,
         log_heavy_every=config.log_heavy_every,
     )
+
+
+def _check_left(pace: Pace, state: TrainState, adapters: Sequence[str], output_dir: Path) -> None:
+    """Raise ConfigError when a resumed run has nothing left to do; it may have ended before its adapters were saved."""
+    if state.step >= pace.total_steps and all(holds_adapter(output_dir / name) for name in adapters):
+        raise ConfigError(
+            f"There is nothing left to do: {state.step} of {pace.total_steps} steps are done.",
+            hint="Raise --epochs (or --max-steps) to train on. The folder of the checkpoint holds its adapter too.",
+        )
 
 
 def _law(checkpoint: Checkpoint) -> Sampler:

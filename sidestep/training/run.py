@@ -194,8 +194,15 @@ def _saving_on_failure(run: Run, emit: Emit) -> Iterator[None]:
         _keep(run, emit)
         hint = takes_less(run.config, run.longest_seconds) + _saved(run)
         raise NoRoomError("The computer is out of memory.", hint=hint) from error
-    except (NonFiniteError, DataError, ReadingError, ElsewhereError, LostProcessError):
+    except NonFiniteError as error:
         _keep(run, emit)
+        if run.state.step > 0:
+            error.hint += " Going on with this run leads to the same step; a new one takes over what was done with "
+            error.hint += "--init-from and a checkpoint's folder."
+        raise
+    except (DataError, ReadingError, ElsewhereError, LostProcessError) as error:
+        _keep(run, emit)
+        error.hint += _saved(run)
         raise
     finally:
         run.batches.close()

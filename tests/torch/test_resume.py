@@ -1,6 +1,7 @@
 """A run that is stopped and gone on with ends as if it had never been stopped, bit for bit."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,24 @@ def test_a_finished_run_says_that_there_is_nothing_left_to_do_until_it_gets_more
     longer = train(replace(config, epochs=3), base, songs, tmp_path / "run")
     assert steps_of(longer.events) == [5, 6]
     assert longer.all_of(RunStarted)[0].first_step == 4
+
+
+@pytest.mark.parametrize("lost", ["", "_ema"])
+def test_a_run_that_ended_before_its_adapters_were_saved_saves_them_when_it_goes_on(
+    tmp_path: Path, base: Checkpoint, lost: str
+):
+    songs = write_songs(tmp_path / "songs", base, (20, 20))
+    config = tiny_config(ema_decay=0.9, resume_from=tmp_path / "run")
+    whole = train(replace(config, resume_from=None), base, songs, tmp_path / "run")
+    folder = tmp_path / "run" / f"{RUN_NAME}{lost}"
+    before, state = adapter_tensors(folder), whole.state
+    shutil.rmtree(folder)
+    resumed = train(config, base, songs, tmp_path / "run")
+    assert resumed.reason == "finished" and steps_of(resumed.events) == []
+    assert_identical(adapter_tensors(folder), before)
+    assert_identical(resumed.state, state)
+    with pytest.raises(ConfigError, match="nothing left to do"):
+        prepare(config, base, songs, tmp_path / "run")
 
 
 def test_a_run_that_max_steps_ended_within_an_epoch_goes_on_there(tmp_path: Path, base: Checkpoint):

@@ -186,7 +186,8 @@ def test_a_loss_that_is_not_finite_names_its_songs_and_keeps_what_was_done(
     name = spoil(songs, run, size=1e30)
     error, events = carry_until_error(run, NonFiniteError, match="loss is no longer a finite number")
     assert f"songs: {name})" in error.message
-    assert "--lr" in error.hint
+    assert "--lr" in error.hint and "--init-from" in error.hint
+    assert "--resume-from" not in error.hint, "the same seed leads to the same step"
     (saved,) = [event for event in events if isinstance(event, CheckpointSaved)]
     assert (saved.folder.name, saved.step) == ("epoch_0_step_3", 3)
     for weight in adapter_tensors(saved.folder).values():
@@ -243,7 +244,8 @@ def test_a_song_that_goes_bad_names_itself_and_keeps_what_was_done(tmp_path: Pat
     run = prepare(tiny_config(), base, songs, tmp_path / "run")
     song = run.batches.plan.songs[run.batches.plan.epoch(0)[-1][0].song].path
     song.write_bytes(b"PK\x03\x04 and nothing more")
-    _, events = carry_until_error(run, DataError, match=song.name)
+    error, events = carry_until_error(run, DataError, match=song.name)
+    assert f"fixed --resume-from {tmp_path / 'run'}" in error.hint
     assert [event.step for event in events if isinstance(event, CheckpointSaved)] == [3]
 
 
