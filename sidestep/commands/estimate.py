@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from sidestep.commands.libraries import load_libraries
-from sidestep.commands.train import check_tensors, writable_folder
+from sidestep.commands.output import log_in
+from sidestep.commands.train import check_tensors
 from sidestep.config.flags import GlobalConfig
 from sidestep.config.places import default_checkpoint_dir, product_version
 from sidestep.config.rank_map import RANK_MAP_FILE, Captured, RankMap, write_rank_map
@@ -16,7 +17,7 @@ from sidestep.config.train import TrainConfig
 from sidestep.model.checkpoint import Checkpoint, find_checkpoint
 from sidestep.ui.command_line import Plan, command_line
 from sidestep.ui.console import Console, open_console
-from sidestep.ui.problems import LOG_NAME, open_log, quiet_libraries
+from sidestep.ui.problems import quiet_libraries
 from sidestep.ui.sinks import combine, open_screen, write_log
 
 # How many standard errors 95 % of chance stays within, by the number of samples (Student's t).
@@ -37,8 +38,8 @@ def run(values: Mapping[str, Any], *, screen: GlobalConfig) -> int:
     )
     output = _output(config)
     quiet_libraries()
-    open_log(writable_folder(output.parent) / LOG_NAME)
     with ExitStack() as stack:
+        stack.enter_context(log_in(output.parent))
         emit = combine(stack.enter_context(open_screen(console)), write_log)
         load_libraries()
         from sidestep.estimate.run import estimate

@@ -3,7 +3,6 @@
 Everything that can be checked without torch is checked before the door to it opens.
 """
 
-import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sidestep.commands.interrupts import Interrupts
 from sidestep.commands.libraries import load_libraries
+from sidestep.commands.output import log_in
 from sidestep.commands.torch_build import warn_of_idle_gpu
 from sidestep.config.flags import GlobalConfig, LayersConfig
 from sidestep.config.places import default_checkpoint_dir, product_version, remember
@@ -37,11 +37,11 @@ from sidestep.data.audio import AUDIO_SUFFIXES
 from sidestep.data.dataset_file import load_dataset
 from sidestep.errors import ConfigError, DataError, ModelError, RunError
 from sidestep.events import Emit, Event, Notice, TrackSkipped
-from sidestep.files import cannot_write, write_whole
+from sidestep.files import write_whole
 from sidestep.model.checkpoint import Checkpoint, check_encoders, decoder_tensors, find_checkpoint
 from sidestep.model.weights import read_ahead
 from sidestep.ui.console import Console, open_console
-from sidestep.ui.problems import LOG_NAME, open_log, quiet_libraries
+from sidestep.ui.problems import quiet_libraries
 from sidestep.ui.sinks import combine, open_screen, write_log
 
 if TYPE_CHECKING:
@@ -122,17 +122,16 @@ def _checkpoint(config: TrainConfig) -> Checkpoint:
 def _preprocess(config: TrainConfig, checkpoint: Checkpoint, console: Console) -> int:
     """Turn the songs into tensors; returns how many were skipped."""
     assert config.tensor_output is not None  # Checked when the config was resolved.
-    output = writable_folder(config.tensor_output)
+    output = config.tensor_output
     audio_dir = config.audio_dir or (config.dataset_json or Path()).parent
     quiet_libraries()
-    open_log(output / LOG_NAME)
     skipped: list[str] = []  # While the songs are looked for, and later on.
 
     def count(event: Event) -> None:
         if isinstance(event, TrackSkipped):
             skipped.append(event.name)
 
-    with open_screen(console) as show:
+    with log_in(output), open_screen(console) as show:
         emit = combine(show, write_log, count)
         dataset = load_dataset(audio_dir, config.dataset_json, emit=emit)
         load_libraries()
@@ -172,9 +171,9 @@ def _train(
     _check_dataset(config, dataset_dir)
     config = replace(config, dataset_dir=dataset_dir, checkpoint_dir=checkpoint.root)
     quiet_libraries()
-    if processes.is_first:
-        open_log(writable_folder(output_dir) / LOG_NAME)
     with ExitStack() as stack:
+        if processes.is_first:
+            stack.enter_context(log_in(output_dir))
         read_ahead(decoder_tensors(checkpoint).values())  # While torch is loaded, which takes seconds.
         load_libraries(lambda: _warm_up(config, processes))
         if not config.preprocess:
@@ -315,13 +314,3 @@ def check_tensors(dataset_dir: Path) -> None:
 
 def _has_audio(folder: Path) -> bool:
     return any(path.suffix.lower() in AUDIO_SUFFIXES for path in folder.rglob("*"))
-
-
-def writable_folder(folder: Path) -> Path:
-    """Make the folder if need be and return it; RunError when nothing can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError as error:
-        raise cannot_write(folder, error) from error

@@ -1,0 +1,47 @@
+"""The folder a command writes to: made if need be, with the log in it, and gone again when nothing came of it."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sidestep.errors import SidestepError
+from sidestep.files import cannot_write
+from sidestep.ui.problems import LOG_NAME, close_log, open_log
+
+
+@contextmanager
+def log_in(folder: Path) -> Iterator[None]:
+    """Make the folder if need be and keep the log in it; RunError when nothing can be written there.
+
+    What was made is taken back when the command is refused, or stopped, before it has written anything else there.
+    """
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    _check_writable(folder)
+    before = set(folder.iterdir())
+    log = folder / LOG_NAME
+    open_log(log)
+    try:
+        yield
+    except (SidestepError, KeyboardInterrupt):
+        if log not in before and log.exists() and set(folder.iterdir()) == {*before, log}:
+            close_log()
+            log.unlink()
+            _remove_empty(made)
+        raise
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        if any(folder.iterdir()):
+            return
+        folder.rmdir()

@@ -1,0 +1,73 @@
+"""What is left of a command that is refused: what was there before, and nothing else."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sidestep.main import main
+from sidestep.model.checkpoint import Checkpoint
+from sidestep.ui.problems import close_log
+from tests.torch.tiny import write_songs
+
+
+@pytest.fixture(autouse=True)
+def own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A settings folder of the test's own: a checkpoint folder that is typed is remembered."""
+    for variable in ("XDG_CONFIG_HOME", "APPDATA", "HOME"):
+        monkeypatch.setenv(variable, str(tmp_path / "settings"))
+    yield
+    close_log()
+
+
+def refused(tmp_path: Path, base: Checkpoint, output: Path) -> int:
+    """Train on songs one of which is no tensor file, which is found when torch is there."""
+    songs = write_songs(tmp_path / "songs", base, (20, 20))
+    (songs / "song_1.pt").write_bytes(b"nothing")
+    return main(["fixed", "-c", str(base.root), "-M", "base", "-d", str(songs), "-o", str(output), "--plain"])
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path: Path, base: Checkpoint):
+    (tmp_path / "output").mkdir()
+    assert refused(tmp_path, base, tmp_path / "output" / "deep" / "run") == 1
+    assert (tmp_path / "output").is_dir(), "that one was there before"
+    assert not (tmp_path / "output" / "deep").exists()
+
+
+def test_a_refused_run_leaves_a_folder_as_it_was(tmp_path: Path, base: Checkpoint):
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "notes.txt").write_text("mine")
+    assert refused(tmp_path, base, output) == 1
+    assert [path.name for path in output.iterdir()] == ["notes.txt"]
+
+
+def test_a_refused_run_adds_to_a_log_that_is_there(tmp_path: Path, base: Checkpoint):
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "sidestep.log").write_text("an earlier run\n")
+    assert refused(tmp_path, base, output) == 1
+    close_log()
+    text = (output / "sidestep.log").read_text()
+    assert text.startswith("an earlier run\n") and "song_1.pt" in text
+
+
+@pytest.mark.parametrize("command", ["preprocess", "estimate"])
+def test_other_commands_that_are_refused_leave_no_folder(tmp_path: Path, base: Checkpoint, command: str):
+    model = ["-c", str(base.root), "-M", "base"]
+    if command == "preprocess":
+        (tmp_path / "silent").mkdir()
+        words = ["fixed", "--preprocess", "--audio-dir", str(tmp_path / "silent"), "--tensor-output"]
+    else:
+        songs = write_songs(tmp_path / "songs", base, (20,))
+        (songs / "song_0.pt").write_bytes(b"nothing")
+        words = ["estimate", "-d", str(songs), "--output"]
+    assert main([*words, str(tmp_path / "new" / "map.json"), *model]) == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_that_began_keeps_its_log(tmp_path: Path, base: Checkpoint):
+    songs = write_songs(tmp_path / "songs", base, (20, 20))
+    words = ["-c", str(base.root), "-M", "base", "-d", str(songs), "-o", str(tmp_path / "run"), "--lr", "1e30"]
+    assert main(["fixed", *words, "--warmup-steps", "0", "--num-workers", "0", "--plain"]) == 1
+    assert "no longer a finite number" in (tmp_path / "run" / "sidestep.log").read_text()
