@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sidestep.commands.interrupts import Interrupts
 from sidestep.commands.libraries import load_libraries
-from sidestep.commands.output import log_in
+from sidestep.commands.output import alone_in, log_in
 from sidestep.commands.torch_build import warn_of_idle_gpu
 from sidestep.config.flags import GlobalConfig, LayersConfig
 from sidestep.config.places import default_checkpoint_dir, product_version, remember
@@ -89,8 +89,7 @@ def run(
     if config.output_dir is not None:
         run_name = config.run_name or f"{config.adapter_type}_{time.strftime('%Y%m%d_%H%M%S')}"
         if processes.is_first:
-            goes_on = config.resume_from is not None and is_of_run(config.resume_from, config.output_dir)
-            _check_output(config.output_dir, run_name, goes_on=goes_on)
+            _check_output(config, config.output_dir, run_name)
             _check_kept_map(config, config.output_dir)
         config = replace(config, run_name=processes.text_of_first(run_name))
     skipped = 0
@@ -174,6 +173,8 @@ def _train(
     with ExitStack() as stack:
         if processes.is_first:
             stack.enter_context(log_in(output_dir))
+            stack.enter_context(alone_in(output_dir))
+            _check_output(config, output_dir, run_name)  # Again: another run may have ended there since.
         read_ahead(decoder_tensors(checkpoint).values())  # While torch is loaded, which takes seconds.
         load_libraries(lambda: _warm_up(config, processes))
         if not config.preprocess:
@@ -271,18 +272,19 @@ def _check_dataset(config: TrainConfig, dataset_dir: Path) -> None:
         raise ModelError(f"There is no adapter {config.init_from}: no such file or folder.")
 
 
-def _check_output(output_dir: Path, run_name: str, *, goes_on: bool) -> None:
+def _check_output(config: TrainConfig, output_dir: Path, run_name: str) -> None:
     """Refuse, before anything is made, an output folder whose contents this run would replace."""
+    goes_on = config.resume_from is not None and is_of_run(config.resume_from, output_dir)
     if not goes_on and checkpoints_in(output_dir):
         raise ConfigError(
             f"{output_dir} holds a run already.",
             hint=f"Go on with it: --resume-from {shell_line([output_dir])}; or choose another --output-dir.",
         )
     check_adapter_folders(output_dir, run_name, goes_on=goes_on)
-    config = output_dir / RUN_CONFIG
-    if config.exists() and not checkpoints_in(output_dir) and not is_run_config(config):
+    file = output_dir / RUN_CONFIG
+    if file.exists() and not checkpoints_in(output_dir) and not is_run_config(file):
         raise ConfigError(
-            f"{config} belongs to something else, and a run would put its own in its place.",
+            f"{file} belongs to something else, and a run would put its own in its place.",
             hint="Choose another --output-dir.",
         )
 

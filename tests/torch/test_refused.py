@@ -1,5 +1,7 @@
 """What is left of a command that is refused: what was there before, and nothing else."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,3 +73,24 @@ def test_a_run_that_began_keeps_its_log(tmp_path: Path, base: Checkpoint):
     words = ["-c", str(base.root), "-M", "base", "-d", str(songs), "-o", str(tmp_path / "run"), "--lr", "1e30"]
     assert main(["fixed", *words, "--warmup-steps", "0", "--num-workers", "0", "--plain"]) == 1
     assert "no longer a finite number" in (tmp_path / "run" / "sidestep.log").read_text()
+
+
+HOLDING = "from pathlib import Path; import sys; from sidestep.commands.output import alone_in, log_in\n\
+with log_in(Path(sys.argv[1])), alone_in(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+
+
+def test_a_run_is_refused_where_another_one_is_at_work_until_that_is_gone(
+    tmp_path: Path, base: Checkpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("sidestep.commands.output.WAIT", 0)
+    songs, output = write_songs(tmp_path / "songs", base, (20, 20)), tmp_path / "run"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDING, str(output)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout and other.stdout.readline() == "held\n"
+        words = ["fixed", "-c", str(base.root), "-M", "base", "-d", str(songs), "-o", str(output), "--epochs", "1"]
+        assert main([*words, "--num-workers", "0", "--plain"]) == 2
+        assert f"Another run is writing to {output}." in capsys.readouterr().err
+        assert [path.name for path in output.iterdir()] == ["sidestep.log"]
+        other.kill()  # The lock ends with the process, however that ends.
+    assert main([*words, "--num-workers", "0", "--plain"]) == 0
