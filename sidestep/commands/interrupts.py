@@ -1,21 +1,25 @@
-"""Ctrl-C, Ctrl-Break and SIGTERM: the first asks the run to stop when its step is done, the second stops at once."""
+"""Ctrl-C, Ctrl-Break, SIGTERM and a closed terminal: the first asks the run to stop when its step is done, the second
+stops at once."""
 
+import os
 import signal
+import stat
 import sys
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 from sidestep.events import Emit, Notice
 
-# Windows alone has Ctrl-Break; it ends a process that does not take it.
-_SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK")
+# Windows alone has Ctrl-Break; it ends a process that does not take it. SIGHUP says that the terminal was closed.
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP")
 
 
 class Interrupts:
     """While open, the first signal sets `is_requested` and the second raises KeyboardInterrupt.
 
     Where `can_be_repeated`, a second one means no more than the first: a launcher passes on what a job manager has sent
-    to every process already, and kills what does not end by itself.
+    to every process already, and kills what does not end by itself. A closed terminal is told more than once, too.
     """
 
     def __init__(self, emit: Emit, *, can_be_repeated: bool = False) -> None:
@@ -29,7 +33,7 @@ class Interrupts:
         return self._is_requested
 
     def __enter__(self) -> Self:
-        numbers = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
+        numbers = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name) and not _is_left_out(name)]
         self._earlier = {number: signal.signal(number, self._take) for number in numbers}
         return self
 
@@ -38,8 +42,11 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
+        is_closing = signal.Signals(number).name == "SIGHUP"
+        if is_closing:
+            _let_go_of_terminal()
         if self._is_requested:
-            if self._can_be_repeated:
+            if self._can_be_repeated or is_closing:
                 return
             # What is cut off half-made fails once more while it is taken down; that is nothing to read.
             sys.unraisablehook = lambda unraisable: None
@@ -47,3 +54,16 @@ class Interrupts:
         self._is_requested = True
         again = "" if self._can_be_repeated else " Ctrl-C again stops at once."
         self._emit(Notice(text=f"Stopping: this step is finished and saved first.{again}"))
+
+
+def _is_left_out(name: str) -> bool:
+    """Say whether the run was started to outlive its terminal (nohup)."""
+    return name == "SIGHUP" and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def _let_go_of_terminal() -> None:
+    """Have what is printed to a terminal that is gone go nowhere: writing to it would fail before the run is saved."""
+    with Path(os.devnull).open("w") as nowhere:
+        for stream in (1, 2):
+            if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
+                os.dup2(nowhere.fileno(), stream)

@@ -294,8 +294,9 @@ def leave_signals_to_the_main_process(worker: int) -> None:
     # Ctrl-C and a job manager's SIGTERM reach every process of the group; a worker that dies of one, or that runs the
     # handler it was forked with, takes the step down that is to be finished.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "SIGBREAK"):  # Ctrl-Break on Windows.
-        signal.signal(signal.SIGBREAK, signal.SIG_IGN)
+    for name in ("SIGBREAK", "SIGHUP"):  # Ctrl-Break on Windows, a closed terminal elsewhere.
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "alarm"):  # Windows has none, and sends no SIGTERM.
         signal.signal(signal.SIGTERM, _stay_a_little)
 

@@ -1,7 +1,8 @@
-"""Ctrl-C and SIGTERM, as a terminal and a job manager send them: to the whole group of processes."""
+"""Ctrl-C, SIGTERM and SIGHUP, as a terminal and a job manager send them: to the whole group of processes."""
 
 import json
 import os
+import pty
 import shlex
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from sidestep.commands.interrupts import Interrupts
 from sidestep.config.runs import checkpoints_in
 from sidestep.model.checkpoint import Checkpoint
 from tests.torch.tiny import RUN_NAME, read_state, write_songs
@@ -59,6 +61,10 @@ class Command:
 
 
 def training(tmp_path: Path, checkpoint: Checkpoint, *more: str) -> Command:
+    return Command(*training_words(tmp_path, checkpoint, *more), home=tmp_path / "home")
+
+
+def training_words(tmp_path: Path, checkpoint: Checkpoint, *more: str) -> list[str]:
     songs = write_songs(tmp_path / "my songs", checkpoint, (250,) * 8)
     arguments = {
         "--checkpoint-dir": checkpoint.root,
@@ -76,7 +82,7 @@ def training(tmp_path: Path, checkpoint: Checkpoint, *more: str) -> Command:
         "--num-workers": 2,
     }
     words = [str(word) for pair in arguments.items() for word in pair]
-    return Command("fixed", *words, *more, home=tmp_path / "home")
+    return ["fixed", *words, *more]
 
 
 def resume_command(output: str) -> list[str]:
@@ -86,7 +92,7 @@ def resume_command(output: str) -> list[str]:
     return words[3:]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_signal_saves_and_prints_the_command_that_goes_on(tmp_path: Path, base: Checkpoint, number: int):
     command = training(tmp_path, base)
     command.read_until("Step 2/")
@@ -98,7 +104,7 @@ def test_a_signal_saves_and_prints_the_command_that_goes_on(tmp_path: Path, base
     stopped_at = read_state(saved)["state"]["step"]
     assert 2 <= stopped_at < STEPS
     assert not (tmp_path / "my run" / RUN_NAME).exists()
-    if number == signal.SIGTERM:
+    if number != signal.SIGINT:
         return
 
     again = Command(*resume_command(command.output), home=tmp_path / "home")
@@ -120,3 +126,41 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, base: Checkpoint):
     assert "Stopped." in command.output
     assert "Traceback" not in command.output
     assert not checkpoints_in(tmp_path / "my run")
+
+
+@pytest.mark.parametrize("screen", ["live", "plain"])
+def test_a_terminal_that_is_closed_costs_no_finished_step(tmp_path: Path, base: Checkpoint, screen: str):
+    ours, theirs = pty.openpty()
+    # The terminal is that of the new session: its end is told with SIGHUP, and whatever is printed to it fails.
+    take = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+    words = training_words(tmp_path, base, *(["--plain"] if screen == "plain" else []))
+    process = subprocess.Popen(
+        [sys.executable, "-c", take, sys.executable, str(REPOSITORY / "train.py"), *words],
+        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        env={**os.environ, "XDG_CONFIG_HOME": str(tmp_path / "home"), "TERM": "xterm"},
+    )  # fmt: skip
+    os.close(theirs)
+    metrics = tmp_path / "my run" / "metrics.jsonl"
+    while not (metrics.is_file() and '"step": 2,' in metrics.read_text()):
+        os.read(ours, 65_536)
+    os.close(ours)
+    assert process.wait() == 130
+    (saved,) = checkpoints_in(tmp_path / "my run")
+    assert read_state(saved)["state"]["step"] < STEPS
+
+
+def test_a_run_that_outlives_its_terminal_is_not_stopped_when_that_is_closed():
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # What nohup does.
+    try:
+        with Interrupts(lambda event: None) as interrupts:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interrupts.is_requested()
+    finally:
+        signal.signal(signal.SIGHUP, earlier)
+
+
+def test_a_closed_terminal_that_is_told_twice_does_not_cut_off_the_saving():
+    with Interrupts(lambda event: None) as interrupts:
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGHUP):
+            os.kill(os.getpid(), number)
+        assert interrupts.is_requested()
