@@ -15,23 +15,27 @@ SCRIPT = Path(__file__).resolve().parent.parent.parent / "train.py"
 
 def start_words(*, processes: int = 1) -> tuple[str, ...]:
     """Return the words that start Side-Step, in as many processes: its launcher, its Python, or `uv run`."""
-    script = _from_here(SCRIPT) if _is_installed() else SCRIPT.name
+    script = SCRIPT.name if _uv_runs_it() else _from_here(SCRIPT)
     if processes > 1:
         return (*program_words("torchrun"), "--standalone", "--nproc-per-node", str(processes), script)
     launcher = os.environ.get(START_VARIABLE)
     if launcher:
         return (launcher,)
-    return (*program_words("python"), script) if _is_installed() else ("uv", "run", script)
+    return ("uv", "run", script) if _uv_runs_it() else (*program_words("python"), script)
 
 
 def program_words(name: str) -> tuple[str, ...]:
     """Return the words that start a program which is installed with Side-Step: `hf`, `torchrun`, `tensorboard`."""
-    return (_from_here(Path(sys.executable).with_name(name)),) if _is_installed() else ("uv", "run", name)
+    return ("uv", "run", name) if _uv_runs_it() else (_from_here(Path(sys.executable).with_name(name)),)
 
 
-def _is_installed() -> bool:
-    """Say whether an installer made this environment: `uv run` might put another torch in the place of its own."""
-    return bool(os.environ.get(START_VARIABLE)) or Path(sys.prefix, MARK).is_file()
+def _uv_runs_it() -> bool:
+    """Say whether `uv run` is the way: not in an installer's environment, whose torch it might replace.
+
+    And only in Side-Step's own folder: from another one it finds neither the script nor the environment.
+    """
+    is_installed = bool(os.environ.get(START_VARIABLE)) or Path(sys.prefix, MARK).is_file()
+    return not is_installed and Path.cwd() == SCRIPT.parent
 
 
 def _from_here(path: Path) -> str:

@@ -26,9 +26,10 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have an environment that uv made."""
+    """Have an environment that uv made, and be in Side-Step's folder."""
     monkeypatch.delenv("SIDESTEP_START", raising=False)
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.chdir(SCRIPT.parent)
 
 
 @pytest.mark.usefixtures("not_installed")
@@ -37,6 +38,16 @@ def test_without_an_installer_uv_starts_everything():
     assert shell_line(start_words(processes=4)) == "uv run torchrun --standalone --nproc-per-node 4 train.py"
     line = download_line("ACE-Step/x", Path("my models"), without=["lm-*"])
     assert line.startswith("uv run hf download ACE-Step/x --local-dir ") and "my models" in line and "lm-*/*" in line
+
+
+@pytest.mark.usefixtures("not_installed")
+def test_uv_is_named_only_where_it_finds_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "environment" / "bin" / "python"))
+    monkeypatch.chdir(tmp_path)
+    bin_ = Path("environment", "bin")
+    assert start_words() == (str(bin_ / "python"), str(SCRIPT))
+    assert start_words(processes=2)[0] == str(bin_ / "torchrun")
+    assert download_line("ACE-Step/x", Path("models")).startswith(f"{bin_ / 'hf'} download ")
 
 
 @pytest.mark.usefixtures("not_installed")
