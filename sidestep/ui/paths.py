@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
@@ -21,9 +22,7 @@ def read_path(text: str, *, is_windows: bool = os.name == "nt") -> Path:
 
     ValueError when nothing is left, or the system takes no such path.
     """
-    bare = text.strip()
-    if len(bare) >= 2 and bare[0] == bare[-1] and bare[0] in QUOTES:
-        bare = bare[1:-1]
+    bare = _without_quotes(text.strip(), is_windows=is_windows)
     if bare.startswith("file://"):
         bare = unquote(bare.removeprefix("file://"))
     if not bare or "\0" in bare:
@@ -33,6 +32,19 @@ def read_path(text: str, *, is_windows: bool = os.name == "nt") -> Path:
         bare = re.sub(r"\\(.)", r"\1", bare)
     _exists(bare)
     return Path(bare).expanduser()
+
+
+def _without_quotes(text: str, *, is_windows: bool) -> str:
+    """What stands in the quotes that a path begins with, also where a shell's word has several: 'it'\\''s'."""
+    if not is_windows and text[:1] in QUOTES:
+        try:
+            words = shlex.split(text)
+        except ValueError:  # The apostrophe of a name: 'it's'.
+            words = []
+        if len(words) == 1:
+            return words[0]
+    is_quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in QUOTES
+    return text[1:-1] if is_quoted else text
 
 
 class PathCompleter(Completer):

@@ -140,6 +140,10 @@ def test_turbo_needs_no_repository_beside_the_main_one():
     [
         ("  'a b/c' ", Path("a b/c")),
         ('"a b"', Path("a b")),
+        (r"'/dragged/it'\''s mine'", Path("/dragged/it's mine")),
+        ("""'/copied/it'"'"'s mine'/""", Path("/copied/it's mine")),
+        ("'it's mine'", Path("it's mine")),
+        ("it's mine", Path("it's mine")),
         ("~/x", Path.home() / "x"),
         (r"/dragged/my\ songs\ \(1\) ", Path("/dragged/my songs (1)")),
         ("file:///dragged/my%20songs", Path("/dragged/my songs")),
