@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from sidestep.config.adapter_tasks import ExportConfig, SampleConfig
 from sidestep.config.recipe import RECIPE_PINS
 from sidestep.config.settings import Setting, flag_of, option, settings_of, show_value
+from sidestep.config.shell import shell_line, start_words
 from sidestep.config.tasks import BuildDatasetConfig, DemoConfig, DoctorConfig, EstimateConfig
 from sidestep.config.train import TrainConfig
 from sidestep.errors import ConfigError
@@ -69,7 +70,8 @@ class Typed:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message[:1].upper()}{message[1:]}.", hint=f"See: {self.prog} --help")
+        line = shell_line([*start_words(), *self.prog.split()[1:], "--help"])
+        raise ConfigError(f"{message[:1].upper()}{message[1:]}.", hint=f"See: {line}")
 
 
 def parser(name: str = "train.py") -> argparse.ArgumentParser:

@@ -21,6 +21,7 @@ from sidestep.config.settings import (
     show_value,
     values_of,
 )
+from sidestep.config.shell import shell_line, start_words
 from sidestep.config.train import PREPROCESSING, TrainConfig
 from sidestep.errors import ConfigError
 from sidestep.files import DEVICE_NAMES
@@ -160,9 +161,8 @@ def _resumed_values(command: str, path: Path) -> dict[str, Any]:
     """Return the settings of the run that is gone on with; its folder may have been moved since."""
     checkpoint, (recipe, values) = _newest_readable(resume_candidates(path))
     if recipe != command:
-        raise ConfigError(
-            f"{path} was trained with '{recipe}', not '{command}'.", hint=f"Resume it with: train.py {recipe} ..."
-        )
+        line = shell_line([*start_words(), recipe, "--resume-from", path])
+        raise ConfigError(f"{path} was trained with '{recipe}', not '{command}'.", hint=f"Resume it with: {line}")
     run = run_of(checkpoint)
     own = {"output_dir": run, "rank_map": kept_map(values, run), "resume_from": path, "preprocess": False}
     return {**values, **own}

@@ -31,7 +31,7 @@ from sidestep.files import write_whole
 
 DATASET_FILE = "dataset.json"
 TAG_POSITIONS = ("prepend", "append", "replace")
-REBUILD = "Build it again with `train.py build-dataset`."
+REBUILD = "Build it again with build-dataset."
 
 TagPosition = Literal["prepend", "append", "replace"]
 
@@ -214,8 +214,10 @@ def _warn_of_changes(audio_dir: Path, dataset: Dataset, path: Path, emit: Emit) 
     unlisted = [file for file in files if file.suffix.lower() in AUDIO_SUFFIXES and file.resolve() not in listed]
     if unlisted:
         example = printable(unlisted[0].name)
-        why = "build-dataset could not use them, or they came later"
-        text = f"{len(unlisted)} songs in {audio_dir} are not in {path.name}, such as {example}: {why}. {REBUILD}"
+        text = (
+            f"{len(unlisted)} songs in {audio_dir} are not in {path.name} and stay out, such as {example}. "
+            f"{REBUILD} What it skips, it gives the reason for."
+        )
         emit(Notice(text=text, level="warning"))
     written = path.stat().st_mtime
     songs = {track.audio_path.stem for track in dataset.tracks}

@@ -314,7 +314,8 @@ def test_a_folder_that_has_moved_on_since_is_warned_about(tmp_path: Path) -> Non
     load_dataset(tmp_path, None, emit=events.append)
     first, second = (event.text for event in events if isinstance(event, Notice))
     assert "1 songs" in first
-    assert "new.wav: build-dataset could not use them, or they came later." in first
+    assert "new.wav" in first
+    assert "stay out" in first and "What it skips, it gives the reason for." in first
     assert "a.caption.txt was changed after dataset.json" in second
 
 

@@ -7,6 +7,7 @@ import pytest
 from sidestep.config.flags import COMMANDS, GlobalConfig, describe, parse, parser
 from sidestep.config.recipe import RECIPE_PINS
 from sidestep.config.settings import flag_of, settings_of
+from sidestep.config.shell import shell_line, start_words
 from sidestep.config.train import TrainConfig
 from sidestep.errors import ConfigError
 from tests.unit.surface import PROMISED_DEFAULTS, PROMISED_FLAGS
@@ -72,8 +73,9 @@ def test_a_pinned_setting_is_explained():
 def test_an_unknown_command_and_a_flag_without_its_value_are_usage_errors():
     with pytest.raises(ConfigError, match="invalid choice: 'trian'"):
         parse(["trian"])
-    with pytest.raises(ConfigError, match="expected one argument"):
+    with pytest.raises(ConfigError, match="expected one argument") as caught:
         parse(["fixed", "--rank"])
+    assert caught.value.hint == f"See: {shell_line([*start_words(), 'fixed', '--help'])}"
 
 
 def test_help_says_the_rule_and_the_default_of_every_setting(capsys: pytest.CaptureFixture[str]):

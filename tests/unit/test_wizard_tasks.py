@@ -9,9 +9,10 @@ from sidestep.config.places import remembered
 from sidestep.config.presets import preset_names, read_preset, save_preset
 from sidestep.config.resolve import resolve_training
 from sidestep.config.settings import build, parse_values, settings_of
+from sidestep.config.shell import shell_line, start_words
 from sidestep.config.tasks import BuildDatasetConfig
 from sidestep.config.train import TrainConfig
-from sidestep.errors import DataError
+from sidestep.errors import ConfigError, DataError
 from sidestep.ui import problems
 from sidestep.ui.command_line import Plan, command_line, words_of
 from sidestep.ui.preset_list import RECOMMENDED, preset_choices
@@ -129,6 +130,13 @@ def test_one_step_leads_to_the_next_with_the_paths_filled_in(stage: Stage):
 def test_back_from_the_next_step_leads_to_what_next_and_then_to_the_menu(stage: Stage):
     code, _ = stage.play(BUILD, typed(stage.songs()), ENTER, START, ENTER, BACK, BACK, EXIT)
     assert (code, len(stage.started)) == (0, 1)
+
+
+def test_a_run_of_the_other_recipe_is_gone_on_with_by_the_command_that_is_shown(stage: Stage):
+    run = stage.run("it's a run")
+    with pytest.raises(ConfigError) as caught:
+        resolve_training("vanilla", {"resume_from": run})
+    assert caught.value.hint == f"Resume it with: {shell_line([*start_words(), 'fixed', '--resume-from', run])}"
 
 
 def test_a_run_goes_on_with_what_may_change(stage: Stage):
