@@ -222,6 +222,7 @@ echo rem Starts Side-Step; made by install_windows.bat. Arguments go to train.py
 echo setlocal>>"%LAUNCHER%"
 echo set "SIDESTEP_START=.\Side-Step.bat">>"%LAUNCHER%"
 echo if "%%~1"=="" pushd "%%~dp0">>"%LAUNCHER%"
+echo if /i not "%%CD%%\"=="%%~dp0" set "SIDESTEP_START=%%~f0">>"%LAUNCHER%"
 echo "%%~dp0.venv\Scripts\python.exe" "%%~dp0train.py" %%*>>"%LAUNCHER%"
 echo set "CODE=%%errorlevel%%">>"%LAUNCHER%"
 echo if "%%~1"=="" if not "%%CODE%%"=="0" pause>>"%LAUNCHER%"

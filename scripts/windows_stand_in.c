@@ -53,6 +53,7 @@ static int act(void) {
         printf("%ls\n", called_with(L"--query-gpu") ? _wgetenv(L"STAND_IN_GPU") : L"+---- a table ----+");
     }
     if (!wcscmp(name, L"python") && called_with(L"cuda")) return _wgetenv(L"STAND_IN_CUDA") == NULL;
+    if (!wcscmp(name, L"python") && called_with(L"train.py fixed")) printf("started by %ls\n", _wgetenv(L"SIDESTEP_START"));
     if (!wcscmp(name, L"powershell")) {
         wchar_t folder[MAX_PATH];
         swprintf(folder, MAX_PATH, L"%ls\\.local\\bin", _wgetenv(L"USERPROFILE"));
