@@ -145,7 +145,12 @@ write_launcher() {
   cat >side-step <<'LAUNCHER'
 #!/bin/sh
 # Starts Side-Step; made by install.sh. Arguments go to train.py.
-here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+launcher=$0
+while [ -L "$launcher" ]; do  # Linked to from a folder on the PATH.
+  link=$(readlink "$launcher")
+  case $link in /*) launcher=$link ;; *) launcher=$(dirname -- "$launcher")/$link ;; esac
+done
+here=$(CDPATH='' cd -- "$(dirname -- "$launcher")" && pwd)
 SIDESTEP_START=$0 exec "$here/.venv/bin/python" "$here/train.py" "$@"
 LAUNCHER
   chmod +x side-step

@@ -15,7 +15,7 @@ import pytest
 from sidestep.config.places import PROJECT
 
 BATCH = (PROJECT / "install_windows.bat").read_bytes().decode("ascii").replace("\r\n", "\n")
-TOOLS = ("bash", "sh", "env", "dirname", "uname", "head", "cat", "chmod", "mkdir", "cp", "rm")
+TOOLS = ("bash", "sh", "env", "dirname", "uname", "head", "cat", "chmod", "mkdir", "cp", "rm", "readlink")
 
 # What each program does beside noting how it was called; $FAILS is a part of the call that does not work.
 STAND_IN = """#!/bin/bash
@@ -216,6 +216,17 @@ def test_the_launcher_hands_on_its_arguments_and_the_exit_code(linux: Linux):
     assert linux.run("fixed", "--audio-dir", "my songs", file="side-step") == 130
     assert linux.output == f"started by {linux.folder}/side-step\n"
     assert linux.calls == [f"python {linux.folder}/train.py fixed --audio-dir my songs"]
+
+
+def test_the_launcher_can_be_linked_to_from_elsewhere(linux: Linux):
+    linux.run("--yes")
+    bin_, alias = linux.root / "my bin", linux.root / "alias"
+    bin_.mkdir()
+    alias.symlink_to(linux.folder / "side-step")
+    (bin_ / "side-step").symlink_to(Path("..", "alias"))
+    assert linux.run("fixed", file=str(bin_ / "side-step")) == 130, linux.output
+    assert linux.output == f"started by {bin_}/side-step\n"
+    assert linux.calls == [f"python {linux.folder}/train.py fixed"]
 
 
 def test_the_batch_file_reaches_windows_as_it_reads_them():
