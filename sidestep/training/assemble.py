@@ -244,10 +244,11 @@ def _pace(config: TrainConfig, plan: Plan, state: TrainState, emit: Emit) -> Pac
             )
         )
     if schedule != "constant" and config.warmup_steps >= total_steps:
+        way_out = "Raise --epochs (or --max-steps)." if config.resume_from else "Set --warmup-steps lower."
         emit(
             Notice(
                 text=f"The warm-up takes {config.warmup_steps} steps and the run has {total_steps}: "
-                "the learning rate never gets to its full value. Set --warmup-steps lower.",
+                f"the learning rate never gets to its full value. {way_out}",
                 level="warning",
             )
         )

@@ -1,5 +1,7 @@
 """The learning rate over a run."""
 
+from dataclasses import replace
+
 import pytest
 
 from sidestep.events import Metrics, Notice
@@ -65,5 +67,10 @@ def test_a_warm_up_longer_than_the_run_is_a_warning(tmp_path, base: Checkpoint):
     songs = write_songs(tmp_path / "songs", base, (20,) * 2)
     (warning,) = train(tiny_config(warmup_steps=4, epochs=2), base, songs, tmp_path / "run").warnings
     assert "warm-up takes 4 steps and the run has 4" in warning
+    assert warning.endswith("Set --warmup-steps lower.")
+    longer = tiny_config(warmup_steps=6, epochs=3, resume_from=tmp_path / "long")
+    train(replace(longer, epochs=2, resume_from=None), base, songs, tmp_path / "long")
+    (warning,) = train(longer, base, songs, tmp_path / "long").warnings
+    assert warning.endswith("Raise --epochs (or --max-steps).")  # The warm-up stays as it was.
     constant = tiny_config(warmup_steps=4, epochs=2, scheduler_type="constant")
     assert not train(constant, base, songs, tmp_path / "constant").all_of(Notice)
