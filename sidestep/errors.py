@@ -19,7 +19,10 @@ EXIT_BUG = 70
 
 
 class SidestepError(Exception):
-    """A problem that is not a bug: `message` says what is wrong, `hint` what to do next."""
+    """A problem that is not a bug: `message` says what is wrong, `hint` what to do next.
+
+    A line of the hint that begins with two spaces is a command to be copied.
+    """
 
     exit_code = 1
 

@@ -63,11 +63,8 @@ def _how_to_load() -> str:
 def _show(finding: Finding, console: Console) -> None:
     """Print a finding, its text under itself where it is wrapped, and the way out below."""
     first, *rest = console.wrapped(finding.text, indent=LEVEL + ABOUT)
-    rest += [f"-> {line}" if not at else line for at, line in enumerate(_lines(finding.way_out, console))]
+    way_out = console.way_out(finding.way_out, indent=LEVEL + ABOUT + 3)
+    rest += [f"-> {line}" if not at else line for at, line in enumerate(way_out)]
     head = f"{finding.level:{LEVEL}}{finding.about:{ABOUT}}"
     lines = [f"{head}{first}", *(" " * (LEVEL + ABOUT) + line for line in rest)]
     console.print("\n".join(lines), style=STYLES[finding.level], wrap=False)
-
-
-def _lines(way_out: str, console: Console) -> list[str]:
-    return console.wrapped(way_out, indent=LEVEL + ABOUT + 3) if way_out else []

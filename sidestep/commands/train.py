@@ -80,8 +80,8 @@ def run(
     if config.shard_base and processes.count == 1:
         raise ConfigError(
             "--shard-base spreads the model over several processes, and there is one.",
-            hint=f"Start them: {shell_line(start_words(processes=2))} {command} ...; "
-            "or leave it out (--no-shard-base).",
+            hint="Leave it out (--no-shard-base), or start them:\n"
+            f"  {shell_line(start_words(processes=2))} {command} ...",
         )
     checkpoint = _checkpoint(config)
     if remembers and config.checkpoint_dir is not None and processes.is_first:
@@ -304,13 +304,13 @@ def _check_kept_map(config: TrainConfig, output_dir: Path) -> None:
 def check_tensors(dataset_dir: Path) -> None:
     """Raise DataError unless the folder is there and holds tensor files."""
     start = shell_line([*start_words(), "fixed", "--preprocess"])
-    how = f"Make them: {start} --audio-dir SONGS --tensor-output TENSORS"
+    how = f"Make them:\n  {start} --audio-dir SONGS --tensor-output TENSORS"
     if not dataset_dir.is_dir():
         raise DataError(f"There is no folder {dataset_dir} with tensors.", hint=how)
     if not any(dataset_dir.glob("*.pt")):
         if _has_audio(dataset_dir):
             audio = shell_line(["--audio-dir", dataset_dir])
-            how = f"It holds audio. Make tensors of it: {start} {audio} --tensor-output TENSORS"
+            how = f"It holds audio. Make tensors of it:\n  {start} {audio} --tensor-output TENSORS"
         raise DataError(f"There are no tensor files (.pt) in {dataset_dir}.", hint=how)
 
 

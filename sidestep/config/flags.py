@@ -71,7 +71,7 @@ class Typed:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         line = shell_line([*start_words(), *self.prog.split()[1:], "--help"])
-        raise ConfigError(f"{message[:1].upper()}{message[1:]}.", hint=f"See: {line}")
+        raise ConfigError(f"{message[:1].upper()}{message[1:]}.", hint=f"See:\n  {line}")
 
 
 def parser(name: str = "train.py") -> argparse.ArgumentParser:

@@ -162,7 +162,7 @@ def _resumed_values(command: str, path: Path) -> dict[str, Any]:
     checkpoint, (recipe, values) = _newest_readable(resume_candidates(path))
     if recipe != command:
         line = shell_line([*start_words(), recipe, "--resume-from", path])
-        raise ConfigError(f"{path} was trained with '{recipe}', not '{command}'.", hint=f"Resume it with: {line}")
+        raise ConfigError(f"{path} was trained with '{recipe}', not '{command}'.", hint=f"Resume it with:\n  {line}")
     run = run_of(checkpoint)
     own = {"output_dir": run, "rank_map": kept_map(values, run), "resume_from": path, "preprocess": False}
     return {**values, **own}

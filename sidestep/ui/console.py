@@ -67,6 +67,15 @@ class Console:
         wrapped = (Text(line, overflow="ignore").wrap(self.rich, width) for line in lines)
         return [part.plain.rstrip() for parts in wrapped for part in parts]
 
+    def way_out(self, hint: str, *, indent: int = 0) -> list[str]:
+        """The lines of a hint, wrapped but for those that are indented: commands, which stay in one piece."""
+        lines = hint.split("\n") if hint else []
+        return [
+            part
+            for line in lines
+            for part in ([printable(line)] if line.startswith(" ") else self.wrapped(line, indent=indent))
+        ]
+
     def heading(self, text: str) -> None:
         """Begin a new part of the output."""
         self.print()

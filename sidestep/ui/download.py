@@ -62,7 +62,7 @@ def fetch(each: Fetch, hub: Hub, *, say: Callable[[str], None]) -> None:
         more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         raise RunError(
             f"{each.repository} is not whole in {each.folder}: {', '.join(missing[:SHOWN])}{more}.",
-            hint=f"Fetch it again; it goes on where it stopped: {each.command}",
+            hint=f"Fetch it again; it goes on where it stopped:\n  {each.command}",
         )
     say(f"{each.repository} is whole: {len(sizes)} files, each in its full size.")
 

@@ -57,7 +57,7 @@ def show_error(error: SidestepError, *, stream: TextIO, plain: bool = False) -> 
     first, *rest = screen.wrapped(f"Error: {error.message}", indent=INDENT)
     screen.print("\n".join([first, *(" " * INDENT + line for line in rest)]), style="red", wrap=False)
     if error.hint:
-        hint = screen.wrapped(error.hint, indent=INDENT)
+        hint = screen.way_out(error.hint, indent=INDENT)
         screen.print("\n".join(" " * INDENT + line for line in hint), wrap=False)
 
 

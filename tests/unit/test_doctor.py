@@ -10,13 +10,17 @@ from types import SimpleNamespace
 
 import pytest
 
+from sidestep.commands import doctor
 from sidestep.config.places import PROJECT, product_version
 from sidestep.config.shell import INSTALLER
+from sidestep.config.tasks import DoctorConfig
 from sidestep.doctor import machine
 from sidestep.doctor.finding import Finding
 from sidestep.doctor.folders import models, output
 from sidestep.doctor.machine import FORMATS, processes, sound, versions
+from sidestep.ui.console import open_console
 from tests.unit.stage import make_models
+from tests.unit.terminal import Terminal
 
 GIB = 2**30
 
@@ -95,6 +99,19 @@ def test_without_models_the_doctor_says_how_to_get_them(tmp_path: Path, monkeypa
     (tmp_path / "empty").mkdir()
     (empty,) = models(tmp_path / "empty", None)
     assert (empty.level, "No model is there." in empty.way_out) == ("problem", True)
+
+
+def test_a_command_in_a_way_out_stays_in_one_piece(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("NO_COLOR", "1")
+    command = "uv run hf download ACE-Step/acestep-v15-base --local-dir checkpoints/acestep-v15-base"
+    finding = Finding("Models", "None is there.", "problem", f"{'Fetch the models. ' * 4}\n  {command}")
+    monkeypatch.setattr(doctor, "_examine", lambda config: [finding])
+    stream = Terminal()
+    assert doctor.run(DoctorConfig(), console=open_console(plain=False, stream=stream)) == 1
+    assert command in stream.getvalue()
+    assert "-> Fetch the models." in stream.getvalue()
 
 
 def test_a_model_without_encoders_can_be_trained_and_a_broken_one_cannot(tmp_path: Path):

@@ -75,7 +75,7 @@ def test_an_unknown_command_and_a_flag_without_its_value_are_usage_errors():
         parse(["trian"])
     with pytest.raises(ConfigError, match="expected one argument") as caught:
         parse(["fixed", "--rank"])
-    assert caught.value.hint == f"See: {shell_line([*start_words(), 'fixed', '--help'])}"
+    assert caught.value.hint == f"See:\n  {shell_line([*start_words(), 'fixed', '--help'])}"
 
 
 def test_help_says_the_rule_and_the_default_of_every_setting(capsys: pytest.CaptureFixture[str]):

@@ -60,6 +60,18 @@ def test_an_error_is_wrapped_to_the_terminal(monkeypatch: pytest.MonkeyPatch, co
     assert max(map(cell_len, [first, *rest])) <= columns
 
 
+def test_a_command_in_a_hint_stays_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("NO_COLOR", "1")
+    stream = Terminal()
+    command = "uv run hf download ACE-Step/acestep-v15-base --local-dir checkpoints/acestep-v15-base"
+    show_error(DataError("No model.", hint=f"{'Fetch the model. ' * 5}\n  {command}\nThen go on."), stream=stream)
+    lines = stream.getvalue().split("\n")
+    assert f"    {command}" in lines
+    assert "  Then go on." in lines
+
+
 def test_plain_errors_have_no_colour_on_a_terminal() -> None:
     stream = Terminal()
     show_error(DataError("a.pt is damaged."), stream=stream, plain=True)

@@ -111,7 +111,7 @@ def test_a_fetch_that_fails_says_how_to_go_on_and_offers_again(new_machine: Stag
     code, screen = new_machine.play(down(1), ENTER, typed("here"), LEAVE, hub=hub)
     words = " ".join(screen.split())
     assert "ACE-Step/Ace-Step1.5 is not whole in here: deep/model.safetensors." in words
-    assert "it goes on where it stopped: " in words and "hf download ACE-Step/Ace-Step1.5 --local-dir here" in words
+    assert "it goes on where it stopped:" in words and "hf download ACE-Step/Ace-Step1.5 --local-dir here" in words
     assert code == 130 and "checkpoint_dir" not in remembered()
 
 

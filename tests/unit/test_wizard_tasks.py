@@ -136,7 +136,7 @@ def test_a_run_of_the_other_recipe_is_gone_on_with_by_the_command_that_is_shown(
     run = stage.run("it's a run")
     with pytest.raises(ConfigError) as caught:
         resolve_training("vanilla", {"resume_from": run})
-    assert caught.value.hint == f"Resume it with: {shell_line([*start_words(), 'fixed', '--resume-from', run])}"
+    assert caught.value.hint == f"Resume it with:\n  {shell_line([*start_words(), 'fixed', '--resume-from', run])}"
 
 
 def test_a_run_goes_on_with_what_may_change(stage: Stage):
