@@ -242,7 +242,7 @@ def _carry_out(console: Console, number: int, step: Step, screen: GlobalConfig) 
     if code:
         return code
     console.print()
-    console.print(step.after())
+    console.print("\n".join(console.way_out(step.after())), wrap=False)
     console.print()
     console.print("With the real model and your own music:", style="dim")
     _show_command(console, step.real, style="dim")

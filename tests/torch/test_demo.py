@@ -14,6 +14,7 @@ from diffusers import AceStepPipeline
 from sidestep.commands import demo
 from sidestep.config import places
 from sidestep.config.flags import parse
+from sidestep.config.shell import shell_line
 from sidestep.demo.checkpoint import build_toy_checkpoint
 from sidestep.errors import RunError
 from sidestep.main import main
@@ -36,14 +37,14 @@ def test_the_demo_goes_the_whole_way(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "EPOCHS", 1)
     monkeypatch.setattr(demo, "MORE_EPOCHS", 2)
     monkeypatch.setattr(demo, "RENDERED_SECONDS", 0.4)
-    (tmp_path / "demo" / "run-1").mkdir(parents=True)
-    (tmp_path / "demo" / "run-1" / "mine.txt").write_text("mine", encoding="utf-8")
+    (tmp_path / "my demo" / "run-1").mkdir(parents=True)
+    (tmp_path / "my demo" / "run-1" / "mine.txt").write_text("mine", encoding="utf-8")
 
-    assert main(["demo", "--folder", str(tmp_path / "demo"), "--plain"]) == 0
+    assert main(["demo", "--folder", str(tmp_path / "my demo"), "--plain"]) == 0
 
-    assert (tmp_path / "demo" / "run-1" / "mine.txt").read_text(encoding="utf-8") == "mine"
+    assert (tmp_path / "my demo" / "run-1" / "mine.txt").read_text(encoding="utf-8") == "mine"
     assert not settings.exists()
-    place = demo.Place(tmp_path / "demo" / "run-2")
+    place = demo.Place(tmp_path / "my demo" / "run-2")
     assert find_checkpoint(place.checkpoints, "base").layout == "original"
     assert len(json.loads((place.songs / "dataset.json").read_text(encoding="utf-8"))["samples"]) == 4
     assert len(list(place.tensors.glob("*.pt"))) == 4
@@ -61,6 +62,7 @@ def test_the_demo_goes_the_whole_way(tmp_path: Path, monkeypatch, capsys):
     assert float(shown) / 100 == pytest.approx(difference, abs=0.006)
     assert difference > 0.01
     assert "toy" in text
+    assert shell_line(["--logdir", place.output / "runs"]) in text
     ran = [words for words in printed_commands(text) if str(place.folder) in " ".join(words)]
     assert [words[0] for words in ran] == ["build-dataset", "fixed", "fixed", "fixed"]
 
