@@ -1,6 +1,7 @@
 """Files written whole or not at all, and what is said when they cannot be."""
 
 import errno
+import logging
 import os
 import sys
 import time
@@ -8,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sidestep.errors import RunError
+from sidestep.errors import RunError, SidestepError
 
 # Windows takes no file and no folder of these names, whatever their ending.
 DEVICE_NAMES = frozenset(
@@ -20,7 +21,10 @@ WAITS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # Seconds between the attempts to 
 IS_WINDOWS = os.name == "nt"
 # What a system says where another process holds a lock: Linux and macOS, Windows.
 LOCKED_BY_ANOTHER = (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)
+_BEYOND = 2**30  # The byte that Windows locks, which nobody can read then: nothing is ever written there.
 WINDOWS_LONGEST_PATH = 259
+
+logger = logging.getLogger(__name__)
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
@@ -63,11 +67,12 @@ def move(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def held_alone(path: Path, *, taken: RunError) -> Iterator[None]:
-    """Hold the lock file `path` for as long as the block lasts; raises `taken` where another process holds it.
+def held_alone(path: Path, *, taken: SidestepError, wait: float = 0) -> Iterator[None]:
+    """Hold a lock on the file `path` for as long as the block lasts; raises `taken` where another process holds it.
 
-    The system lets go of it however the process ends. The file is empty and stays: were it deleted, two processes could
-    each lock a file of that name. A file system that knows no locks (some network shares) keeps nobody out.
+    `wait`: seconds to wait for the other one. The system lets go of it however the process ends. The file is made if
+    need be and stays: were it deleted, two processes could each lock a file of that name. A file system that knows no
+    locks (some network shares) keeps nobody out; the log says so.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,20 +80,30 @@ def held_alone(path: Path, *, taken: RunError) -> Iterator[None]:
     except OSError as error:
         raise cannot_write(path, error) from error
     with file:
-        try:
-            _lock(file.fileno())
-        except OSError as error:
-            if error.errno in LOCKED_BY_ANOTHER:
-                raise taken from error
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
-                raise cannot_write(path, error) from error
+        until = time.monotonic() + wait
+        while not _is_locked(file.fileno()):
+            if time.monotonic() >= until:
+                raise taken
+            time.sleep(0.2)
         yield
+
+
+def _is_locked(descriptor: int) -> bool:
+    """Lock the file; False where another process has. Where the file system knows no locks, nothing is locked."""
+    try:
+        _lock(descriptor)
+    except OSError as error:
+        if error.errno in LOCKED_BY_ANOTHER:
+            return False
+        logger.warning("The folder is not locked against other processes: %s", error)
+    return True
 
 
 if sys.platform == "win32":
     import msvcrt
 
     def _lock(descriptor: int) -> None:
+        os.lseek(descriptor, _BEYOND, os.SEEK_SET)
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
 else:
     import fcntl
