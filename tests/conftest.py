@@ -29,6 +29,13 @@ def _little_garbage() -> None:
         _modules = len(sys.modules)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_settings(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep what the tests' runs remember out of the settings of whoever runs them."""
+    for name in ("XDG_CONFIG_HOME", "XDG_STATE_HOME"):
+        os.environ[name] = str(tmp_path_factory.mktemp("settings"))
+
+
 def _toy(folder: Path, variant: str) -> "Checkpoint":
     # Imported here because the tests that ask for no checkpoint must run without torch.
     from sidestep.demo.checkpoint import build_toy_checkpoint
