@@ -1,7 +1,8 @@
 """Find audio files that are cut off or miscounted, which the decoder would shorten without a word.
 
 libsndfile plays what is left of a truncated WAV, MP3 or Ogg file and reports no error; of an MP3 without a length
-header it plays as much as a constant bitrate would give, however long the song is. So the container is read first.
+header it plays as much as a constant bitrate would give, however long the song is; of several Ogg streams strung
+together it plays the first. So the container is read first.
 Sources: RIFF/WAVE, ISO 11172-3 and 13818-3 frame headers, the Xing/Info header, RFC 3533 (Ogg pages).
 """
 
@@ -15,7 +16,6 @@ FOREIGN_MAGIC = (b"RIFF", b"RF64", b"riff", b"OggS", b"fLaC", b"FORM", b"caff")
 TRAILING_TAGS = (b"TAG", b"APETAGEX", b"LYRICSBEGIN")
 # What encoders write when they do not know the length yet (a stream): no promise that could be broken.
 UNKNOWN_RIFF_SIZE = 0x7FFF0000
-OGG_TAIL_BYTES = 1 << 17
 
 BITRATES = {
     ("1", 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
@@ -37,7 +37,7 @@ def check_whole(path: Path) -> int | None:
         if head == b"RIFF":
             _check_wav(path)
         elif head == b"OggS":
-            _check_ogg(path)
+            _check_ogg(path, path.read_bytes())
         elif head not in FOREIGN_MAGIC and _is_mpeg(path, head):
             return _check_mp3(path, path.read_bytes())
     except OSError as error:
@@ -57,8 +57,12 @@ def wrong_length(path: Path, why: str) -> DataError:
     """The error for a file whose length the decoder would get wrong, and leave out what lies behind."""
     return DataError(
         f"{path.name} has no length header or a wrong one, so its length would be misread: {why}.",
-        hint="Convert it to a new FLAC file, for example with `ffmpeg -i song.mp3 song.flac`.",
+        hint=_conversion(path),
     )
+
+
+def _conversion(path: Path) -> str:
+    return f"Convert it to a new FLAC file, for example with `ffmpeg -i song{path.suffix} converted.flac`."
 
 
 def _is_mpeg(path: Path, head: bytes) -> bool:
@@ -83,19 +87,27 @@ def _check_wav(path: Path) -> None:
             file.seek(length + length % 2, os.SEEK_CUR)
 
 
-def _check_ogg(path: Path) -> None:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        file.seek(max(0, size - OGG_TAIL_BYTES))
-        tail = file.read()
-    start = tail.rfind(b"OggS")
-    if start < 0:
-        return
-    page = tail[start:]
-    is_last = len(page) >= 27 and bool(page[5] & 4)
-    segments = page[26] if len(page) >= 27 else 0
-    length = 27 + segments + sum(page[27 : 27 + segments])
-    if not is_last or len(page) < length:
+def _check_ogg(path: Path, data: bytes) -> None:
+    """Walk the pages of an Ogg file: the last one must say that it is, and no stream with sound may follow another."""
+    at, has_begun, is_second, is_whole = 0, False, False, False
+    while (at := data.find(b"OggS", at)) >= 0:
+        header = data[at : at + 27]
+        if len(header) < 27:
+            is_whole = False
+            break
+        begins, ends = bool(header[5] & 2), bool(header[5] & 4)
+        # Streams that play together all begin before the first page of sound; one that begins later is another song.
+        is_second = is_second or (has_begun and begins)
+        has_begun = has_begun or not begins
+        if is_second and int.from_bytes(header[6:14], "little", signed=True) > 0:
+            raise DataError(
+                f"{path.name} holds several recordings one after the other, and only the first would be read.",
+                hint=_conversion(path),
+            )
+        segments = data[at + 27 : at + 27 + header[26]]
+        at += 27 + len(segments) + sum(segments)
+        is_whole = ends and at <= len(data)
+    if not is_whole:
         raise cut_off(path, "the end of its stream is missing")
 
 

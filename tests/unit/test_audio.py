@@ -110,6 +110,24 @@ def test_mp3_files_strung_together_with_their_tags_are_refused(tmp_path: Path) -
         probe(path)
 
 
+@pytest.mark.parametrize("suffix", [".ogg", ".opus"])
+@pytest.mark.parametrize("seconds", [2.0, 3.0])
+def test_ogg_files_strung_together_are_refused(tmp_path: Path, suffix: str, seconds: float) -> None:
+    first = write(tmp_path / f"first{suffix}", tone(2.0))
+    both = tmp_path / f"both{suffix}"
+    both.write_bytes(first.read_bytes() + write(tmp_path / f"second{suffix}", tone(seconds)).read_bytes())
+    with pytest.raises(DataError, match=rf"both{suffix} holds several recordings one after the other") as caught:
+        probe(both)
+    assert f"ffmpeg -i song{suffix} converted.flac" in caught.value.hint
+
+
+def test_what_follows_an_ogg_file_without_sound_does_no_harm(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.ogg", tone(2.0))
+    begins_and_ends = b"OggS\0" + bytes([2 | 4]) + bytes(8) + b"next" + bytes(8) + bytes([1, 7]) + b"nothing"
+    path.write_bytes(path.read_bytes() + begins_and_ends + b"TAG" + bytes(125))
+    assert probe(path).seconds == 2.0
+
+
 @pytest.mark.parametrize("tag", [b"", b"ID3\x04\0\0" + bytes([0, 0, 8, 0]) + bytes(1024)])
 def test_an_mp3_of_another_name_is_looked_at_as_closely(tmp_path: Path, tag: bytes) -> None:
     noise = np.random.default_rng(0).normal(size=(3 * RATE, 2)) * 0.1
@@ -142,8 +160,9 @@ def test_a_flac_without_a_length_is_refused(tmp_path: Path) -> None:
     data[21] &= 0xF0
     data[22:26] = bytes(4)
     path.write_bytes(data)
-    with pytest.raises(DataError, match="does not say how long it is"):
+    with pytest.raises(DataError, match="does not say how long it is") as caught:
         probe(path)
+    assert "ffmpeg -i song.flac converted.flac" in caught.value.hint
 
 
 @pytest.mark.parametrize(
