@@ -84,7 +84,9 @@ def scan_folder(folder: Path, *, emit: Emit) -> Dataset:
     _warn_of_unread(files, emit)
     beside = {parent: companions(paths) for parent, paths in files.items()}
     names = [path.relative_to(folder).as_posix() for path in audio]
-    rows, remarks = assign_rows(read_rows(folder), names)
+    table_rows, remarks = read_rows(folder)
+    rows, unclear_rows = assign_rows(table_rows, names)
+    remarks += unclear_rows
     tracks: list[Track] = []
     taken: set[str] = set()
     for path, name in zip(audio, names, strict=True):

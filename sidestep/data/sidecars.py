@@ -157,12 +157,14 @@ def read_fields_or_lyrics(text: str) -> tuple[Fields, list[str]]:
     return {name: "\n".join(parts).strip() for name, parts in values.items()}, remarks
 
 
-def read_rows(folder: Path) -> list[Row]:
+def read_rows(folder: Path) -> tuple[list[Row], list[str]]:
     """Read the rows of every CSV directly in `folder` that has a `file` column; delimiters: comma, semicolon, tab.
 
-    Raises DataError naming a CSV that is not UTF-8.
+    The second value names those that have fields of songs but no such column. Raises DataError naming a CSV that is not
+    UTF-8.
     """
     rows: list[Row] = []
+    remarks: list[str] = []
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() != ".csv" or path.name.startswith(".") or not path.is_file():
             continue
@@ -172,12 +174,15 @@ def read_rows(folder: Path) -> list[Row]:
         header = [name.strip().lower() for name in next(reader, [])]
         column = next((name for name in FILE_COLUMNS if name in header), None)
         if column is None:
+            fields = [name for name in header if name in ALIASES]
+            if fields:
+                remarks.append(f"{path.name} is left out: it has {', '.join(fields)}, but no column named file")
             continue
         for values in reader:
             cells = dict(zip(header, (value.strip() for value in values), strict=False))
             if file := cells.get(column, ""):
                 rows.append(Row(path.name, file.replace("\\", "/"), canonical(cells)))
-    return rows
+    return rows, remarks
 
 
 def assign_rows(rows: Sequence[Row], names: Sequence[str]) -> tuple[dict[str, list[Row]], list[str]]:

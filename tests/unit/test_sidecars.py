@@ -12,9 +12,10 @@ from sidestep.errors import DataError
 
 def read(folder: Path, audio: str = "song.wav") -> tuple[dict[str, object], list[str]]:
     """Read the sidecars of a song in `folder`, the CSVs there included."""
-    rows, odd = assign_rows(read_rows(folder), [audio])
+    table_rows, left_out = read_rows(folder)
+    rows, odd = assign_rows(table_rows, [audio])
     fields, remarks = read_sidecars(folder / audio, companions(folder.iterdir()), rows.get(audio, ()))
-    return fields, [*odd, *remarks]
+    return fields, [*left_out, *odd, *remarks]
 
 
 def put(folder: Path, **files: str) -> Path:
@@ -162,9 +163,14 @@ def test_a_csv_of_something_else_is_none_of_our_business(tmp_path: Path) -> None
     assert read(tmp_path) == ({}, [])
 
 
+def test_a_csv_that_describes_songs_but_does_not_name_their_files_is_remarked_on(tmp_path: Path) -> None:
+    put(tmp_path, songs__csv="name; Caption ;BPM\nsong.wav;a waltz;90\n")
+    assert read(tmp_path) == ({}, ["songs.csv is left out: it has caption, bpm, but no column named file"])
+
+
 def test_equal_file_names_in_different_folders_need_their_folder_in_a_csv(tmp_path: Path) -> None:
     put(tmp_path, a__csv="file,bpm\nd1/song.wav,90\nd2\\song.wav,100\nsong.wav,110\ngone.wav,120\n")
-    rows, remarks = assign_rows(read_rows(tmp_path), ["d1/song.wav", "d2/song.wav"])
+    rows, remarks = assign_rows(read_rows(tmp_path)[0], ["d1/song.wav", "d2/song.wav"])
     assert {name: row.fields for name, (row,) in rows.items()} == {
         "d1/song.wav": {"bpm": "90"},
         "d2/song.wav": {"bpm": "100"},
