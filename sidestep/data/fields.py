@@ -26,17 +26,24 @@ LANGUAGES: Mapping[str, str] = {
 }  # fmt: skip
 _CODES = {name: code for code, name in LANGUAGES.items()}
 
-ALIASES: Mapping[str, str] = {
+_ALIASES: Mapping[str, str] = {
     "caption": "caption", "genre": "genre", "tags": "genre", "lyrics": "lyrics",
     "bpm": "bpm", "tempo": "bpm", "key": "keyscale", "keyscale": "keyscale", "scale": "keyscale",
-    "signature": "timesignature", "timesignature": "timesignature", "time_signature": "timesignature",
-    "sig": "timesignature", "language": "language", "lang": "language", "is_instrumental": "is_instrumental",
+    "signature": "timesignature", "timesignature": "timesignature", "sig": "timesignature",
+    "language": "language", "lang": "language", "is_instrumental": "is_instrumental",
     "custom_tag": "custom_tag", "trigger": "custom_tag", "prompt_override": "prompt_override",
     "repeat": "repeat", "repeats": "repeat", "duration": "duration",
 }  # fmt: skip
 
+_FIELDS = {alias.replace("_", ""): field for alias, field in _ALIASES.items()}
 _KEY = re.compile(r"([A-Ga-g])\s*(#|b|♯|♭|sharp|flat)?\s*[-_ ]?\s*(major|minor|maj|min|m|M)?", re.ASCII)
+_DECIMAL_COMMA = re.compile(r"^([0-9]+),([0-9]{1,2})$")
 _SIGNATURE = re.compile(r"(\d+)\s*(?:/\s*\d+)?")
+
+
+def field_named(name: str) -> str | None:
+    """Return the field that a name stands for ("Tags", "Time Signature", "key-scale"), None where there is none."""
+    return _FIELDS.get(re.sub(r"[\s_-]", "", name).lower())
 
 
 def parse_text(value: object) -> str:
@@ -56,7 +63,7 @@ def parse_bpm(value: object) -> int | None:
     if text.lower() in NOTHING:
         return None
     try:
-        bpm = float(text.lower().removesuffix("bpm").strip())
+        bpm = float(_DECIMAL_COMMA.sub(r"\1.\2", text.lower().removesuffix("bpm").strip()))
     except ValueError:
         raise ValueError(f"{text!r} is not a number") from None
     if not math.isfinite(bpm) or bpm < 0:
@@ -154,7 +161,7 @@ def canonical(raw: Mapping[str, object]) -> dict[str, object]:
     """Keep what is a field and not empty, under the field's own name; a field's own name beats an alias of it."""
     found: dict[str, object] = {}
     for name, value in raw.items():
-        field = ALIASES.get(name.strip().lower())
+        field = field_named(name)
         is_empty = value is None or (isinstance(value, str) and not value.strip())
         if field is not None and not is_empty and (field not in found or name == field):
             found[field] = value

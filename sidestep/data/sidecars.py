@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sidestep.data.fields import ALIASES, canonical, has_words
+from sidestep.data.fields import canonical, field_named, has_words
 from sidestep.errors import DataError
 
 ENDINGS = (".caption.txt", ".lyrics.txt", ".json", ".txt")
@@ -27,7 +27,7 @@ REPAIR = "Correct it in a text editor, or make it again."
 FILE_COLUMNS = ("file", "filename", "file_name")
 # Fields that may go over several lines of a `song.txt`.
 LONG_FIELDS = ("caption", "genre", "lyrics")
-_KEY_LINE = re.compile(r"\s*([A-Za-z_]+)\s*:(.*)")
+_KEY_LINE = re.compile(r"\s*([A-Za-z][A-Za-z _-]*):(.*)")
 _BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
 Fields = dict[str, object]
@@ -125,7 +125,7 @@ def is_field_file(text: str) -> bool:
     """Say whether a `song.txt` holds `key: value` lines: its first line that is neither blank nor a comment decides."""
     first = next((line for line in text.split("\n") if line.strip() and not line.lstrip().startswith("#")), "")
     match = _KEY_LINE.match(first)
-    return match is not None and match[1].lower() in ALIASES
+    return match is not None and field_named(match[1]) is not None
 
 
 def read_fields_or_lyrics(text: str) -> tuple[Fields, list[str]]:
@@ -142,8 +142,8 @@ def read_fields_or_lyrics(text: str) -> tuple[Fields, list[str]]:
     lines = iter(text.split("\n"))
     for line in lines:
         match = _KEY_LINE.match(line)
-        if match and match[1].lower() in ALIASES:
-            current = ALIASES[match[1].lower()]
+        if match and (field := field_named(match[1])):
+            current = field
             if current == "lyrics":
                 values[current] = [match[2].strip(), *lines]
             elif match[2].strip() or current not in values:
@@ -174,7 +174,7 @@ def read_rows(folder: Path) -> tuple[list[Row], list[str]]:
         header = [name.strip().lower() for name in next(reader, [])]
         column = next((name for name in FILE_COLUMNS if name in header), None)
         if column is None:
-            fields = [name for name in header if name in ALIASES]
+            fields = [name for name in header if field_named(name)]
             if fields:
                 remarks.append(f"{path.name} is left out: it has {', '.join(fields)}, but no column named file")
             continue

@@ -77,7 +77,8 @@ def test_a_line_that_fits_nowhere_is_named() -> None:
 
 @pytest.mark.parametrize(("alias", "field"), [
     ("tempo", "bpm"), ("scale", "keyscale"), ("sig", "timesignature"), ("lang", "language"), ("trigger", "custom_tag"),
-    ("tags", "genre"),
+    ("tags", "genre"), ("Time Signature", "timesignature"), ("time-signature", "timesignature"),
+    ("Key Scale", "keyscale"), ("custom tag", "custom_tag"), ("Bpm ", "bpm"),
 ])  # fmt: skip
 def test_aliases(alias: str, field: str) -> None:
     assert read_fields_or_lyrics(f"{alias}: 7")[0] == {field: "7"}
@@ -88,6 +89,11 @@ def test_one_line_that_may_be_a_caption_is_remarked_on(tmp_path: Path) -> None:
     fields, remarks = read(tmp_path)
     assert fields == {"lyrics": "a warm lofi beat with vinyl crackle"}
     assert remarks == ["song.txt is read as lyrics; if it is a caption, name it song.caption.txt"]
+
+
+def test_names_of_fields_may_be_written_with_spaces_in_json_and_csv_too(tmp_path: Path) -> None:
+    put(tmp_path, song__json='{"Time Signature": "3/4"}', songs__csv="file,Key Scale\nsong.wav,Am\n")
+    assert read(tmp_path) == ({"timesignature": "3/4", "keyscale": "Am"}, [])
 
 
 @pytest.mark.parametrize("data", [
@@ -183,7 +189,7 @@ def test_equal_file_names_in_different_folders_need_their_folder_in_a_csv(tmp_pa
 
 @pytest.mark.parametrize(("field", "written", "meant"), [
     ("bpm", "127.99", 128), ("bpm", 90.0, 90), ("bpm", "120 BPM", 120), ("bpm", "N/A", None), ("bpm", 0, None),
-    ("bpm", float("nan"), None), ("keyscale", "Am", "A minor"), ("keyscale", "F#m", "F# minor"),
+    ("bpm", float("nan"), None), ("bpm", "120,7", 121), ("keyscale", "Am", "A minor"), ("keyscale", "F#m", "F# minor"),
     ("keyscale", "C", "C major"), ("keyscale", "CM", "C major"), ("keyscale", "bb minor", "Bb minor"),
     ("keyscale", "E♭ Major", "E♭ major"), ("keyscale", "g sharp min", "G# minor"), ("keyscale", "8A", "8A"),
     ("timesignature", "4/4", "4"), ("timesignature", "6/8", "6"), ("timesignature", 3, "3"),
@@ -198,8 +204,8 @@ def test_values_become_the_ones_the_model_knows(field: str, written: object, mea
 
 
 @pytest.mark.parametrize(("field", "written"), [
-    ("bpm", "fast"), ("bpm", "inf"), ("bpm", {"x": 1}), ("prompt_override", "both"), ("repeat", "0"), ("repeat", "1.5"),
-    ("is_instrumental", "maybe"),
+    ("bpm", "fast"), ("bpm", "inf"), ("bpm", "120,130"), ("bpm", [120, 5]), ("bpm", {"x": 1}),
+    ("prompt_override", "both"), ("repeat", "0"), ("repeat", "1.5"), ("is_instrumental", "maybe"),
 ])  # fmt: skip
 def test_values_without_a_meaning_are_left_out_and_named(field: str, written: object) -> None:
     fields, remarks = parse_fields({field: written})
