@@ -1,5 +1,6 @@
 """Find, probe and read audio files: wav, flac, mp3, ogg and opus, through libsndfile."""
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,12 @@ AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".ogg", ".opus"})
 UNREAD_SUFFIXES = frozenset({".m4a", ".aac", ".wma", ".aif", ".aiff", ".mp4", ".alac", ".ape", ".wv"})
 READABLE = "wav, flac, mp3, ogg and opus"
 
+SAMPLE_RATE = 48_000  # Hz, what the model hears.
+# The kernel that resamples has about (48000 / g) * (rate / g) values, g the greatest common divisor of the rates:
+# 23,520 for 44.1 kHz, but two thousand million for 44,101 Hz.
+LARGEST_KERNEL = 64_000_000
 # One latent frame of the VAE is 1920 samples at 48 kHz; less sound gives no latent at all.
-MINIMUM_SECONDS = 1920 / 48000
+MINIMUM_SECONDS = 1920 / SAMPLE_RATE
 BLOCK_FRAMES = 1 << 18
 # What libsndfile reports for a FLAC whose encoder did not know the length (written to a pipe).
 UNKNOWN_FRAMES = 1 << 62
@@ -73,7 +78,8 @@ def find_audio(folder: Path) -> list[Path]:
 def probe(path: Path) -> AudioInfo:
     """Read length, rate and channels without decoding.
 
-    Raises DataError naming the file when it is unreadable, cut off, empty, or shorter than one latent frame (0.04 s).
+    Raises DataError naming the file when it is unreadable, cut off, empty, shorter than one latent frame (0.04 s),
+    or of a sample rate that cannot be resampled.
     """
     with _open(path) as file:
         return AudioInfo(file.frames / file.samplerate, file.samplerate, file.channels)
@@ -83,8 +89,8 @@ def read_audio(path: Path, *, max_seconds: float) -> tuple[np.ndarray, int]:
     """Read a track as float32 [channels, samples] at its own rate (Hz, returned second).
 
     Mono stays one channel; of more than two the first two are kept. What lies behind `max_seconds` is left out; 0 means
-    the whole file. Raises DataError naming the file when it is unreadable, cut off, shorter than 0.04 s, or holds NaN
-    or infinite samples.
+    the whole file. Raises DataError naming the file when it is unreadable, cut off, shorter than 0.04 s, of a rate that
+    cannot be resampled, or holds NaN or infinite samples.
     """
     with _open(path) as file:
         frames = file.frames
@@ -133,7 +139,17 @@ def _open(path: Path) -> Iterator[soundfile.SoundFile]:
         if file.frames / file.samplerate < MINIMUM_SECONDS:
             length = "holds no sound: its length is zero" if not file.frames else f"is too short: {file.frames} samples"
             raise DataError(f"{path.name} {length}.", hint=f"A song needs at least {MINIMUM_SECONDS} s.")
+        _check_rate(path, file.samplerate)
         yield file
+
+
+def _check_rate(path: Path, rate: int) -> None:
+    divisor = math.gcd(rate, SAMPLE_RATE)
+    if (SAMPLE_RATE // divisor) * (rate // divisor) > LARGEST_KERNEL:
+        raise DataError(
+            f"{path.name} has a sample rate of {rate} Hz, which is too odd to resample to {SAMPLE_RATE} Hz.",
+            hint=f"Convert it first: ffmpeg -i song{path.suffix} -ar {SAMPLE_RATE} converted.flac",
+        )
 
 
 def _decode(file: soundfile.SoundFile, path: Path, frames: int) -> Iterator[np.ndarray]:

@@ -4,7 +4,6 @@ A tile is exact because it reaches as far beyond the frames it keeps as the enco
 it begins at a multiple of the encoder's hop. Zero padding then touches kept frames at the real ends of the song only.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +14,14 @@ import torchaudio
 from diffusers.models.autoencoders.autoencoder_oobleck import AutoencoderOobleck
 from torch import Tensor, nn
 
-from sidestep.data.audio import read_audio
+from sidestep.data.audio import SAMPLE_RATE, read_audio
 from sidestep.data.loudness import normalize
 from sidestep.errors import DataError
 from sidestep.model.capabilities import capabilities
 from sidestep.preprocess.tensors import FRAMES_PER_SECOND
 
-SAMPLE_RATE = 48_000
 # The activations of one tile, not of the song, bound the memory: about 2 GB in float32 for 15 s of the real VAE.
 TILE_FRAMES = 15 * FRAMES_PER_SECOND
-# torchaudio's resampling kernel has about (48000 / g) * (rate / g) values, g the greatest common divisor of the rates:
-# 23,520 for 44.1 kHz, but two thousand million for 44,101 Hz.
-LARGEST_KERNEL = 64_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,29 +55,16 @@ class Reach:
 def load_wave(path: Path, *, max_seconds: float, loudness: Loudness) -> Tensor:
     """Read a song as the VAE hears it: float32 [2, samples] at 48 kHz, cropped to `max_seconds` (0: whole).
 
-    The level is set last, on the resampled stereo signal: resampling moves peaks, and a mono song played on two
-    channels is 3 LU louder than its one channel. Raises DataError when the file cannot be used.
+    Resampled by a windowed sinc. The level is set last, on the resampled stereo signal: resampling moves peaks, and a
+    mono song played on two channels is 3 LU louder than its one channel. Raises DataError when the file cannot be used.
     """
     samples, rate = read_audio(path, max_seconds=max_seconds)
-    wave = resample(torch.from_numpy(samples), rate)
+    wave = torchaudio.functional.resample(torch.from_numpy(samples), rate, SAMPLE_RATE)
     stereo = wave.expand(2, -1).contiguous()
     level = normalize(
         stereo.numpy(), SAMPLE_RATE, mode=loudness.mode, target_db=loudness.target_db, target_lufs=loudness.target_lufs
     )
     return torch.from_numpy(level)
-
-
-def resample(wave: Tensor, rate: int) -> Tensor:
-    """The wave [channels, samples] at 48 kHz (windowed sinc). Raises DataError for a rate that has no small kernel."""
-    if rate == SAMPLE_RATE:
-        return wave
-    divisor = math.gcd(rate, SAMPLE_RATE)
-    if (SAMPLE_RATE // divisor) * (rate // divisor) > LARGEST_KERNEL:
-        raise DataError(
-            f"Its sample rate of {rate} Hz is too odd to resample to {SAMPLE_RATE} Hz.",
-            hint=f"Convert the file first: ffmpeg -i song.wav -ar {SAMPLE_RATE} converted.wav",
-        )
-    return torchaudio.functional.resample(wave, rate, SAMPLE_RATE)
 
 
 def encode_wave(vae: AutoencoderOobleck, wave: Tensor, *, tile_frames: int = TILE_FRAMES) -> Tensor:

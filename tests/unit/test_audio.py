@@ -62,6 +62,13 @@ def test_odd_rates_and_channels_are_kept_down_to_the_first_two(
     assert probe(tmp_path / "a.wav").channels == channels
 
 
+def test_a_rate_that_nothing_small_resamples_is_refused_before_decoding(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.flac", tone(0.5, rate=44101), 44101)
+    with pytest.raises(DataError, match=r"a\.flac has a sample rate of 44101 Hz") as caught:
+        probe(path)
+    assert "song.flac -ar 48000 converted.flac" in caught.value.hint
+
+
 def test_a_track_is_cut_at_the_maximum(tmp_path: Path) -> None:
     path = write(tmp_path / "a.flac", tone(2.0))
     assert read_audio(path, max_seconds=0.5)[0].shape == (2, RATE // 2)
