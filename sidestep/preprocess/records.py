@@ -85,6 +85,8 @@ def _check_same_dataset(path: Path, dataset: Dataset, record: _Record, gone: Seq
     """A folder whose songs were moved or copied is the same dataset; one whose songs lie elsewhere still is another."""
     if not record.audio_dir or record.audio_dir == _audio_dir(dataset) or not Path(record.audio_dir).is_dir():
         return
+    if not any((path / file).is_file() for file in record.songs):
+        return  # None of its songs could be used, or it was stopped before: nothing would be lost.
     if gone or _has_namesakes(Path(record.audio_dir), dataset):
         raise DataError(
             f"{path} holds the tensors of other songs: those in {record.audio_dir}.",

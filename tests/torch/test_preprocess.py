@@ -225,6 +225,17 @@ def test_a_folder_of_another_dataset_is_left_alone_but_a_moved_one_goes_on(
     assert run(moved, tmp_path / "tensors", checkpoint)[0].unchanged == 1
 
 
+def test_a_folder_in_which_no_song_of_another_dataset_became_a_tensor_is_free(
+    tmp_path: Path, checkpoint: Checkpoint
+) -> None:
+    unusable = make_dataset(tmp_path / "songs", "a.wav")
+    unusable.tracks[0].audio_path.write_bytes(b"not audio")
+    with pytest.raises(DataError, match="None of the 1 songs could be preprocessed"):
+        run(unusable, tmp_path / "tensors", checkpoint)
+    run(make_dataset(tmp_path / "others", "b.wav"), tmp_path / "tensors", checkpoint)
+    assert sample_paths(tmp_path / "tensors") == [tmp_path / "tensors" / tensor_name("b.wav")]
+
+
 def test_songs_that_cannot_be_used_are_named_and_the_rest_goes_on(tmp_path: Path, checkpoint: Checkpoint) -> None:
     folder = tmp_path / "songs"
     dataset = make_dataset(folder, "a.wav", "b.wav", "c.wav", "d.wav")
