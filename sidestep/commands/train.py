@@ -311,7 +311,7 @@ def check_tensors(dataset_dir: Path) -> None:
         if _has_audio(dataset_dir):
             audio = shell_line(["--audio-dir", dataset_dir])
             how = f"It holds audio. Make tensors of it:\n  {start} {audio} --tensor-output TENSORS"
-        raise DataError(f"There are no tensor files (.pt) in {dataset_dir}.", hint=how)
+        raise DataError(f"There are no tensor files (.pt) in {dataset_dir.resolve()}.", hint=how)
 
 
 def _has_audio(folder: Path) -> bool:

@@ -64,6 +64,14 @@ def test_missing_tensors_are_made_by_a_command_that_can_be_typed(tmp_path: Path)
     assert command in caught.value.hint
 
 
+@pytest.mark.usefixtures("not_installed")
+def test_the_folder_one_is_in_is_named_when_it_holds_no_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as caught:
+        check_tensors(Path())
+    assert caught.value.message == f"There are no tensor files (.pt) in {tmp_path}."
+
+
 @pytest.mark.usefixtures("installed")
 def test_the_launcher_that_started_it_is_named_in_the_commands_it_shows(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SIDESTEP_START", r".\Side-Step.bat")
