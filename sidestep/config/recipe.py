@@ -75,3 +75,8 @@ def learning_rate_of(config: TrainConfig) -> float:
 def schedule_of(config: TrainConfig) -> str:
     """Return the schedule; prodigy adapts the step size itself and is always constant."""
     return "constant" if config.optimizer_type == "prodigy" else config.scheduler_type
+
+
+def songs_held_out(count: int, share: float) -> int:
+    """Return how many of `count` songs (two at least) `--val-split` holds out: one at least, and never all of them."""
+    return min(max(1, round(count * share)), count - 1) if share else 0

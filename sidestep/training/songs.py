@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from sidestep.config.recipe import songs_held_out
 from sidestep.errors import ConfigError, DataError, SidestepError
 from sidestep.events import Emit, Notice
 from sidestep.model.checkpoint import Checkpoint, encoder_fingerprint
@@ -104,9 +105,8 @@ def hold_out(songs: Sequence[Song], share: float) -> tuple[list[Song], list[Song
         return list(songs), []
     if len(songs) < 2:
         raise ConfigError("--val-split needs two songs at least: one to train on and one to hold out.")
-    count = min(max(1, round(len(songs) * share)), len(songs) - 1)
     ranked = sorted(songs, key=lambda song: hashlib.sha256(song.path.stem.encode()).digest())
-    held_out = {song.path for song in ranked[:count]}
+    held_out = {song.path for song in ranked[: songs_held_out(len(songs), share)]}
     return [s for s in songs if s.path not in held_out], [s for s in songs if s.path in held_out]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from sidestep.config.flags import COMMANDS
 from sidestep.config.presets import read_preset, save_preset
 from sidestep.config.rank_map import RANK_MAP_FILE, RankMap, read_rank_map
-from sidestep.config.recipe import RECIPE_PINS, resolve_recipe
+from sidestep.config.recipe import RECIPE_PINS, resolve_recipe, songs_held_out
 from sidestep.config.resolve import resolve_training
 from sidestep.config.runs import checkpoints_in
 from sidestep.config.settings import Setting, settings_of
@@ -265,6 +265,8 @@ def _training_question(setting: Setting, adapter_type: str | None, known: Known)
         return (
             setting.name not in RECIPE_PINS[form["recipe"]]
             and not (setting.name in DECIDED_BY_MAP and _has_map(form))
+            # One that a preset asks for without a map must be here to be taken back.
+            and not (setting.name == "rank_map_start" and not suggest(form) and not _has_map(form))
             and (setting.when is None or setting.when.holds(form))
             and (setting.group != PREPROCESSING or is_raw(form))
         )
@@ -316,7 +318,8 @@ def _steps(form: Form, config: TrainConfig) -> tuple[int, str]:
     passes = config.batch_size * config.gradient_accumulation
     if config.max_steps:
         return config.max_steps, f"{config.max_steps}, by max steps"
-    songs = (len(find_audio(form["data"])) if is_raw(form) else count_tensors(form["data"])) * config.dataset_repeats
+    found = len(find_audio(form["data"])) if is_raw(form) else count_tensors(form["data"])
+    songs = (found - songs_held_out(found, config.val_split)) * config.dataset_repeats
     each = -(-songs // passes)
     more = "; more where songs are longer than a window" if config.chunk_duration else ""
     sum_ = f"{count(songs, 'song')} / ({config.batch_size} x {config.gradient_accumulation}), {config.epochs} epochs"

@@ -2,6 +2,8 @@
 
 import json
 
+from sidestep.config.presets import save_preset
+from sidestep.config.resolve import resolve_training
 from sidestep.config.settings import settings_of
 from sidestep.config.train import TrainConfig
 from sidestep.errors import RunError
@@ -38,6 +40,24 @@ def test_the_review_shows_what_differs_what_happens_and_the_command(stage: Stage
     assert f"--dataset-dir {data}" in screen.replace("\n", "")
 
 
+def test_the_review_counts_no_steps_for_songs_that_are_held_out(stage: Stage):
+    known = {"dataset_dir": "a", "output_dir": "b", "val_split": 0.4}
+    save_preset("mine", resolve_training("fixed", known).config)
+    _, screen = stage.play(LORA, *basic(stage.tensors(songs=6), preset=down(1)), LEAVE)
+    assert "about 100 (4 songs / (1 x 4), 100 epochs)" in " ".join(screen.split())
+
+
+def test_a_start_from_a_rank_map_is_asked_for_only_where_a_map_or_a_preset_wants_it(stage: Stage):
+    data = stage.tensors()
+    review = [CHANGE, *pick_group("Adapter"), *[ENTER] * 30, LEAVE]
+    _, screen = stage.play(LORA, *basic(data), *review)
+    assert "Init from" in screen and "Rank map start" not in screen
+    values = {"dataset_dir": "a", "output_dir": "b", "rank_map": "c", "rank_map_start": True}
+    save_preset("mine", resolve_training("fixed", values).config)
+    _, screen = stage.play(LORA, *basic(data, preset=down(1)), *review)
+    assert "Rank map start" in screen
+
+
 def test_time_and_memory_are_those_of_a_run_like_this_one(stage: Stage):
     data = stage.tensors()
     run = stage.run("old", epoch=10, dataset_dir=data)
@@ -59,7 +79,7 @@ def test_time_and_memory_are_those_of_a_run_like_this_one(stage: Stage):
 def test_a_group_can_be_changed_in_the_review(stage: Stage):
     forward = basic(stage.tensors())
     asked = [s for s in settings_of(TrainConfig) if s.group == "Adapter" and (not s.when or "lora" in s.when.values)]
-    adapter = [ENTER, ENTER, typed("12"), *[ENTER] * (len(asked) - 3)]  # The second: no rank map.
+    adapter = [ENTER, ENTER, typed("12"), *[ENTER] * (len(asked) - 4)]  # The second: no rank map, so no start from it.
     stage.play(LORA, *forward, CHANGE, *pick_group("Adapter"), *adapter, START)
     (plan,) = stage.started
     assert plan.values["rank"] == 12
