@@ -233,7 +233,7 @@ def _open_files(stack: ExitStack, training: "Run", emit: Emit) -> Emit:
     _set_newer_aside(training.config, output_dir, emit)
     metrics = stack.enter_context(MetricsFile(output_dir / "metrics.jsonl", first_step=first_step))
     board = stack.enter_context(TensorBoard(training.config.log_dir or output_dir / "runs", first_step=first_step))
-    return combine(emit, metrics, board, ReportPage(output_dir))
+    return combine(emit, metrics, board, ReportPage(output_dir, emit=combine(emit, metrics)))
 
 
 def _keep_rank_map(training: "Run") -> None:

@@ -26,9 +26,9 @@ class Curve:
 def chart(title: str, curves: Sequence[Curve]) -> str:
     """Return a figure of these curves over the steps; empty when none has two points yet."""
     curves = [curve for curve in curves if len(curve.points) > 1]
-    if not curves:
-        return ""
     steps = [step for curve in curves for step, _ in curve.points]
+    if len(set(steps)) < 2:
+        return ""
     values = [value for curve in curves for _, value in curve.points]
     first, last = min(steps), max(steps)
     ticks = nice_ticks(min(values), max(values))

@@ -22,6 +22,7 @@ from sidestep.listen.conditions import Wording, encode_prompts
 from sidestep.listen.prompts import evenly_spaced, prompt_of_song, read_prompts
 from sidestep.listen.render import NoSoundError, Renderer, Sampling, usual_sampling
 from sidestep.listen.sound import file_stem, write_flac
+from sidestep.listen.story import is_rendering
 from sidestep.model.checkpoint import Checkpoint
 from sidestep.model.device import choose_device, choose_dtype, free_memory, full_memory_alike, same_random_state
 from sidestep.preprocess.tensors import read_header, sample_paths
@@ -161,7 +162,10 @@ class Index:
         write_whole(self._folder / INDEX, text + "\n")
 
     def _kept(self, first_step: int) -> list[dict[str, Any]]:
-        """Return what an earlier session rendered with the same prompts, up to the step that is gone on from."""
+        """Return what an earlier session rendered with the same prompts, up to the step that is gone on from.
+
+        Entries that were changed by hand to what is none are made again.
+        """
         path = self._folder / INDEX
         if not first_step or not path.is_file():
             return []
@@ -171,10 +175,11 @@ class Index:
             return []  # Torn when a machine went down; the samples are made again.
         if not isinstance(content, dict) or any(content.get(key) != value for key, value in self._head.items()):
             return []
+        renderings = content.get("renderings")
         return [
             entry
-            for entry in content.get("renderings", [])
-            if entry["step"] <= first_step and (self._folder / entry["file"]).is_file()
+            for entry in (renderings if isinstance(renderings, list) else [])
+            if is_rendering(entry) and entry["step"] <= first_step and (self._folder / entry["file"]).is_file()
         ]
 
 

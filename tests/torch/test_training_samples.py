@@ -141,6 +141,17 @@ def test_a_resumed_run_keeps_what_was_rendered_and_goes_on(tmp_path: Path, turbo
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
 
+def test_entries_that_were_changed_by_hand_are_rendered_again(tmp_path: Path, turbo: Checkpoint):
+    sampled(tmp_path, turbo, epochs=4, stop_after=7, save_every=2)
+    index = index_of(tmp_path)
+    del index["renderings"][0]["step"], index["renderings"][1]["file"]
+    (tmp_path / "run" / "samples" / "samples.json").write_text(json.dumps(index))
+    sampled(tmp_path, turbo, epochs=4, save_every=2, resume_from=tmp_path / "run")
+    assert sorted(rendered(tmp_path), key=str) == [
+        (2, 6, 1), (2, 6, 2), (4, 12, 1), (4, 12, 2), (None, 7, 1), (None, 7, 2)
+    ]  # fmt: skip
+
+
 def test_no_room_for_samples_is_said_and_training_goes_on(
     tmp_path: Path, turbo: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ):

@@ -7,12 +7,14 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
 import soundfile
 
-from sidestep.events import CheckpointSaved, Notice, SampleRendered
+from sidestep.events import CheckpointSaved, Event, Notice, SampleRendered
+from sidestep.listen import page as page_module
 from sidestep.listen.charts import Curve, chart, nice_ticks, smoothed, thinned
 from sidestep.listen.page import ReportPage, filled
 from sidestep.listen.pictures import png
@@ -56,7 +58,7 @@ def write_run(folder: Path, *, epochs: int = 3, caption: str = "warm synths", ra
     """Write what a run leaves behind: settings, metrics, samples."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"run_name": "night & day", "rank": 16, "batch_size": 1, "dataset_dir": str(folder / "tensors")}
-    settings["rank_map"] = str(rank_map) if rank_map else None
+    settings["rank_map"] = str(rank_map) if isinstance(rank_map, Path) else rank_map
     config = {"format_version": 1, "sidestep_version": "9.9", "recipe": "fixed", "objective": "o", "settings": settings}
     (folder / "config.json").write_text(json.dumps(config))
     lines: list[dict[str, Any]] = [
@@ -83,8 +85,14 @@ def write_run(folder: Path, *, epochs: int = 3, caption: str = "warm synths", ra
 
 
 def page_of(folder: Path) -> tuple[str, Parsed]:
-    text = ReportPage(folder).write().read_text(encoding="utf-8")
+    text = ReportPage(folder, emit=[].append).write().read_text(encoding="utf-8")
     return text, Parsed(text)
+
+
+def edit_samples(folder: Path, **changes: Any) -> None:
+    """Change samples.json as by hand."""
+    index = folder / "samples" / "samples.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), **changes}))
 
 
 def test_the_page_needs_nothing_but_itself(tmp_path: Path):
@@ -176,7 +184,7 @@ def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path):
 
 def test_the_page_is_renewed_when_something_is_saved(tmp_path: Path):
     folder = write_run(tmp_path / "run", epochs=1)
-    page = ReportPage(folder)
+    page = ReportPage(folder, emit=[].append)
     page(Notice(text="nothing to show"))
     assert not (folder / "report.html").exists()
     page(CheckpointSaved(folder=folder, step=1, epoch=1))
@@ -184,6 +192,127 @@ def test_the_page_is_renewed_when_something_is_saved(tmp_path: Path):
     write_run(folder, epochs=2)
     page(SampleRendered(step=2, epoch=2, prompt=1, caption="x", path=folder, seconds=1.0))
     assert "Epoch 2" in (folder / "report.html").read_text() and "Epoch 2" not in first
+
+
+def test_an_epoch_of_many_prompts_is_written_once(tmp_path: Path):
+    folder = write_run(tmp_path / "run", epochs=1)
+    index = json.loads((folder / "samples" / "samples.json").read_text())
+    edit_samples(folder, prompts=index["prompts"] * 2)
+    page = ReportPage(folder, emit=[].append)
+    page(SampleRendered(step=1, epoch=1, prompt=1, caption="x", path=folder, seconds=1.0))
+    assert not (folder / "report.html").exists()
+    edit_samples(folder, renderings=[*index["renderings"], {**index["renderings"][1], "prompt": 2}])
+    page(SampleRendered(step=1, epoch=1, prompt=2, caption="x", path=folder, seconds=1.0))
+    assert (folder / "report.html").exists()
+
+
+def test_what_a_page_has_no_room_for_is_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = write_run(tmp_path / "run")
+    index = json.loads((folder / "samples" / "samples.json").read_text())
+    second = [{**e, "prompt": 2, "file": e["file"].replace("1_x", "2_ü x")} for e in index["renderings"]]
+    for entry in second:
+        content = (folder / "samples" / "base" / "1_x.flac").read_bytes()
+        (folder / "samples" / entry["file"]).write_bytes(content)
+    edit_samples(folder, prompts=index["prompts"] * 2, renderings=[*index["renderings"], *second])
+    sound, picture, _ = page_module.sound_and_picture(folder / "samples" / "base" / "1_x.flac")
+    monkeypatch.setattr(page_module, "_MOST_BYTES", int(5.5 * (len(sound) + len(picture))))
+    text, page = page_of(folder)
+    assert re.findall(r'aria-pressed="false">([^<]+)<', text) == ["Base", "Epoch 1", "Epoch 3", "Base", "Epoch 3"]
+    links = [a["href"] for a in page.all_of("a")]
+    names = ["epoch_0002/1_x.flac", "epoch_0001/2_ü x.flac", "epoch_0002/2_ü x.flac"]
+    assert [unquote(link) for link in links] == [f"samples/{name}" for name in names]
+    assert not any(" " in link for link in links)
+    assert page.text.count("Too much for one page; in the folder samples beside it:") == 2
+
+
+PROMPT = {"caption": "warm", "lyrics": "la", "seed": 42, "duration": 0.5}
+RENDERING = {"epoch": 1, "step": 10, "prompt": 1, "file": "epoch_0001/1_x.flac"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"renderings": [{key: value for key, value in RENDERING.items() if key != name}, RENDERING]}
+        for name in RENDERING
+    ]
+    + [{"renderings": [{**RENDERING, **odd}, RENDERING]} for odd in (
+        {"file": 5}, {"file": "a\0b"}, {"prompt": "one"}, {"prompt": [1]}, {"epoch": "x"}, {"step": None}
+    )]
+    + [{"renderings": [5, RENDERING]}]
+    + [{"prompts": [PROMPT, {key: value for key, value in PROMPT.items() if key != name}]} for name in PROMPT]
+    + [{"prompts": [PROMPT, odd]} for odd in ({**PROMPT, "duration": "long"}, {**PROMPT, "caption": None}, 5)],
+    ids=str,
+)  # fmt: skip
+def test_entries_of_samples_that_cannot_be_read_are_left_out_and_said(tmp_path: Path, changes: dict[str, Any]):
+    folder = write_run(tmp_path / "run", epochs=1)
+    edit_samples(folder, **changes)
+    text, page = page_of(folder)
+    assert "Epoch 1" in text and page.all_of("audio")
+    assert "What cannot be read is left out: metrics.jsonl, samples.json." in page.text
+
+
+@pytest.mark.parametrize("content", [{"prompts": {"a": 1}}, {"renderings": "none"}, {"prompts": None}], ids=str)
+def test_samples_of_another_shape_are_left_out(tmp_path: Path, content: dict[str, Any]):
+    folder = write_run(tmp_path / "run", epochs=1)
+    edit_samples(folder, **content)
+    _, page = page_of(folder)
+    assert page.all_of("audio") == [] and "samples.json" in page.text
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"event": "metrics", "step": 31, "loss": "low"},
+        {"event": "metrics", "step": 31, "loss": [1]},
+        {"event": "metrics", "step": 31, "loss": 10**400},
+        {"event": "metrics", "step": "31", "loss": 0.1},
+        {"event": "metrics", "step": None, "loss": 0.1},
+        {"event": "run_started", "step": 0, "facts": ["x"]},
+        [1, 2],
+    ],
+    ids=lambda line: str(line)[:60],
+)
+def test_lines_of_metrics_that_cannot_be_read_are_left_out(tmp_path: Path, line: object):
+    folder = write_run(tmp_path / "run", epochs=1)
+    (folder / "metrics.jsonl").write_text((folder / "metrics.jsonl").read_text() + "\n" + json.dumps(line))
+    _, page = page_of(folder)
+    assert "metrics.jsonl (2 parts)." in page.text
+    assert read_story(folder).curves["loss"][-1] == (30, 1 / 30)
+
+
+def test_a_curve_of_one_step_is_not_drawn():
+    assert chart("twice", [Curve(name="x", points=[(5, 1.0), (5, 2.0)])]) == ""
+
+
+@pytest.mark.parametrize("config", [{"settings": ["rank", 8]}, [], {"settings": None}, {"settings": 5}], ids=str)
+def test_settings_that_cannot_be_read_are_left_out(tmp_path: Path, config: object):
+    folder = write_run(tmp_path / "run", epochs=1)
+    (folder / "config.json").write_text(json.dumps(config))
+    _, page = page_of(folder)
+    assert "config.json" in page.text and len(page.all_of("audio")) == 2
+
+
+def test_a_rank_map_of_strange_modules_is_left_out(tmp_path: Path):
+    path = tmp_path / "map.json"
+    write_rank_map(path, {"q_proj": 8})
+    _, page = page_of(write_run(tmp_path / "run", rank_map=path))
+    assert "map.json" in page.text
+    _, page = page_of(write_run(tmp_path / "other", rank_map=[8]))  # pyright: ignore[reportArgumentType]
+    assert page.all_of("audio")
+
+
+def test_what_cannot_be_read_is_said_once(tmp_path: Path):
+    folder = write_run(tmp_path / "run", epochs=2)
+    (folder / "metrics.jsonl").unlink()
+    said: list[Event] = []
+    page = ReportPage(folder, emit=said.append)
+    page.write()
+    assert said == []
+    (folder / "samples" / "epoch_0001" / "1_x.flac").write_bytes(b"fLaC")
+    page.write()
+    page.write()
+    text = f"{folder / 'report.html'}: what cannot be read is left out: epoch_0001/1_x.flac."
+    assert said == [Notice(text=text, level="warning")]
 
 
 def test_a_template_is_filled_once():
@@ -258,4 +387,5 @@ def test_a_torn_file_is_left_out(tmp_path: Path):
     folder = write_run(tmp_path / "run")
     (folder / "samples" / "samples.json").write_text('{"prompts": [')
     story = read_story(folder)
-    assert story.samples == {} and story.step == 30
+    assert (story.prompts, story.renderings, story.step) == ([], [], 30)
+    assert story.unread == {"samples.json": 1, "metrics.jsonl": 1}
