@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sidestep.config.train import TrainConfig
 from sidestep.events import Emit, Notice, SampleRendered
+from sidestep.exports.base import BaseWeights
 from sidestep.files import write_whole
 from sidestep.listen.conditions import Wording, encode_prompts
 from sidestep.listen.prompts import evenly_spaced, prompt_of_song, read_prompts
@@ -70,6 +71,7 @@ class TrainingSamples:
         self._renderer: Renderer | None = None
         self._is_fresh = True
         self._tried_at: int | None = None
+        self._parameters = run.adapter.parameters
         self._index = Index(self._folder, wordings, self._sampling, first_step=run.first_step)
 
     def __call__(self, state: TrainState, *, is_last: bool) -> None:
@@ -110,7 +112,8 @@ class TrainingSamples:
         wording = self._wordings[place]
         label = "base" if epoch is None else f"epoch_{epoch:04d}"
         path = self._folder / label / f"{place + 1}_{file_stem(wording.prompt.caption)}.flac"
-        with without_adapter(self._model.decoder, active=epoch is None):
+        biases = self._plain_biases() if epoch is None else []
+        with without_adapter(self._model.decoder, biases, active=epoch is None):
             write_flac(path, self._ready().render(wording, self._sampling))
         self._index.add(epoch, state.step, place, path)
         self._emit(
@@ -123,6 +126,12 @@ class TrainingSamples:
                 seconds=monotonic() - started,
             )
         )
+
+    def _plain_biases(self) -> list[tuple[Tensor, Tensor]]:
+        """Return each bias of the model that is trained, and what it was before."""
+        base = BaseWeights(self._checkpoint)
+        trained = ((name, value) for name, value in self._parameters.items() if name.endswith(".bias"))
+        return [(value, base.tensor(name).to(value)) for name, value in trained]
 
     def _ready(self) -> Renderer:
         if self._renderer is None:
@@ -184,10 +193,17 @@ class Index:
 
 
 @contextmanager
-def without_adapter(decoder: nn.Module, *, active: bool = True) -> Iterator[None]:
-    """Let a decoder compute as if it had no adapter, unless `active` is false."""
+def without_adapter(
+    decoder: nn.Module, biases: Sequence[tuple[Tensor, Tensor]] = (), *, active: bool = True
+) -> Iterator[None]:
+    """Let a decoder compute as if it had no adapter, unless `active` is false.
+
+    `biases` are those of the model that are trained, and what each was before.
+    """
+    kept = [(trained, trained.detach().clone()) for trained, _ in biases]
     layers = [module for module in decoder.modules() if isinstance(module, BaseTunerLayer)] if active else []
     changes = [m for m in decoder.modules() if isinstance(m, KroneckerChange | HadamardChange)] if active else []
+    _put(biases)
     for layer in layers:
         layer.enable_adapters(False)
     handles = [change.register_forward_hook(_nothing) for change in changes]
@@ -198,6 +214,13 @@ def without_adapter(decoder: nn.Module, *, active: bool = True) -> Iterator[None
             handle.remove()
         for layer in layers:
             layer.enable_adapters(True)
+        _put(kept)
+
+
+def _put(values: Sequence[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for place, value in values:
+            place.copy_(value)
 
 
 def _nothing(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:

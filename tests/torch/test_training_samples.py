@@ -64,11 +64,12 @@ def rendered(tmp_path: Path) -> list[tuple[int | None, int, int]]:
     "changes",
     [
         {"dropout": 0.1, "gradient_checkpointing": True, "batch_size": 2},
+        {"bias": "all"},
         {"adapter_type": "dora", "ema_decay": 0.9},
         {"adapter_type": "lokr", "rank": 2, "dropout": 0.1},
         {"adapter_type": "loha", "val_split": 0.34},
     ],
-    ids=["lora", "dora", "lokr", "loha"],
+    ids=["lora", "biases", "dora", "lokr", "loha"],
 )
 def test_a_run_with_samples_ends_as_one_without_bit_for_bit(tmp_path: Path, turbo: Checkpoint, changes: dict[str, Any]):
     with_samples = sampled(tmp_path, turbo, sample_every_n_epochs=1, **changes)
@@ -139,6 +140,15 @@ def test_a_resumed_run_keeps_what_was_rendered_and_goes_on(tmp_path: Path, turbo
     assert rendered(tmp_path)[-2:] == [(4, 12, 1), (4, 12, 2)]
     assert len(resumed.all_of(SampleRendered)) == 2
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+
+
+def test_the_model_alone_has_its_own_biases(tmp_path: Path, turbo: Checkpoint):
+    (tmp_path / "first").mkdir()
+    first = sampled(tmp_path / "first", turbo, bias="all", learning_rate=0.01)
+    sampled(tmp_path, turbo, bias="all", init_from=first.run.output_dir / "tiny", epochs=1)
+    before, after = (folder / "samples" / "base" for folder in (first.run.output_dir, tmp_path / "run"))
+    for name in ("1_warm-synths.flac", "2_a-fast-polka.flac"):
+        assert np.array_equal(soundfile.read(before / name)[0], soundfile.read(after / name)[0])
 
 
 def test_entries_that_were_changed_by_hand_are_rendered_again(tmp_path: Path, turbo: Checkpoint):
