@@ -16,7 +16,7 @@ from sidestep.exports.comfyui import ComfyUi
 from sidestep.exports.diffusers import Diffusers
 from sidestep.exports.find import PEFT_FILE
 from sidestep.exports.low_rank import as_low_rank
-from sidestep.exports.merged import Merged
+from sidestep.exports.merged import Merged, merged_weight
 from sidestep.exports.peft import Peft
 from sidestep.exports.source import Source, read_adapter
 from sidestep.exports.target import Content, Target
@@ -67,8 +67,7 @@ def export(
     The files are read back by the target's own rules and compared with the adapter; ModelError, and no folder, when
     they do not mean the same. ConfigError when the folder holds something already.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"{output} holds something already.", hint="Name a new folder with --output.")
+    check_free(output)
     base = BaseWeights(checkpoint)
     source = read_adapter(adapter, base)
     target = TARGETS[target_name](output.name)
@@ -81,9 +80,16 @@ def export(
     def fill(folder: Path) -> None:
         target.write(folder, content, base)
         found.append(_prove(folder, source, content, base, target, target_name, converted, conversion))
+        check_free(output)  # Again: another export may have ended there since.
 
-    write_folder(output, fill, then="run it again")
+    write_folder(output, fill, then="run it again", is_alone=False)
     return found[0]
+
+
+def check_free(output: Path) -> None:
+    """Raise ConfigError unless an export can become this folder: it is empty, or not there."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"{output} holds something already.", hint="Name a new folder with --output.")
 
 
 @dataclass(slots=True)
@@ -230,10 +236,21 @@ def _verify(
                 f"{relative_error(found, wanted):.2g}.",
                 hint="Nothing was written. Please report this with the adapter's settings.",
             )
-    lost = [name for name in left if _meant(name, content, base, is_merged=is_merged)[0].any()]
-    if lost and not is_merged:
+    lost = [name for name in left if _is_to_be_found(name, content, base, is_merged=is_merged)]
+    if lost:
         raise ModelError(f"{reader} does not read {len(lost)} of the adapter's modules, {sorted(lost)[0]} for one.")
     return comparison
+
+
+def _is_to_be_found(name: str, content: Content, base: BaseWeights, *, is_merged: bool) -> bool:
+    """Say whether a change is any; one that is merged may round to nothing in the format of the weights."""
+    if not is_merged:
+        return bool(_meant(name, content, base, is_merged=False)[0].any())
+    before = (base.tensor(name) if name in content.biases else base.weight(name)).to(base.dtype(name))
+    if name in content.biases:
+        return not torch.equal(content.biases[name].to(before), before)
+    change = content.changes[name]
+    return not torch.equal(merged_weight(before, change.product(), change.magnitude), before)
 
 
 def _meant(name: str, content: Content, base: BaseWeights, *, is_merged: bool) -> tuple[Tensor, float]:

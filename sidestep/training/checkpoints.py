@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
@@ -95,13 +96,15 @@ def newest_good(candidates: list[Path]) -> tuple[Path, Snapshot, list[ModelError
     raise problems[0]
 
 
-def write_folder(target: Path, fill: Callable[[Path], None], *, then: str = "resume from the last checkpoint") -> None:
+def write_folder(
+    target: Path, fill: Callable[[Path], None], *, then: str = "resume from the last checkpoint", is_alone: bool = True
+) -> None:
     """Write a folder whole or not at all: filled under a temporary name beside it, flushed, then renamed.
 
     RunError, which ends with what to do `then`, when the disk is full or the folder cannot be written; what was there
-    before stays.
+    before stays. `is_alone`: no other process writes this folder; where one may, the temporary name is nobody else's.
     """
-    temporary = target.with_name(f".{target.name}.writing")
+    temporary = target.with_name(f".{target.name}.writing{'' if is_alone else token_hex(4)}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if temporary.exists():

@@ -1,6 +1,7 @@
 """Adapters that other programs wrote are read as those programs mean them, or refused with a reason."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,17 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sidestep.errors import ModelError
+from sidestep.errors import ConfigError, ModelError
 from sidestep.exports.base import BaseWeights
 from sidestep.exports.find import origin_of
+from sidestep.exports.peft import Peft
 from sidestep.exports.run import export
 from sidestep.exports.source import read_adapter
+from sidestep.exports.target import Content
 from sidestep.model.checkpoint import Checkpoint
 from sidestep.model.loading import load_decoder
 from sidestep.model.names import to_original
-from tests.torch.test_exports import assert_same, changes_of
+from tests.torch.test_exports import SETTINGS, assert_same, changes_of, trained
 from tests.torch.tiny_adapters import attach, tiny_decoder
 
 MODULE = "layers.0.self_attn.q_proj"
@@ -182,3 +185,47 @@ def test_other_starts_are_read(tmp_path: Path, base: Checkpoint):
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights="orthogonal")
     wanted = saved_by_peft(tmp_path / "theirs", original_layers(base), config)
     assert_same(changes_of(tmp_path / "theirs", base), wanted)
+
+
+def test_a_merged_model_without_a_module_of_the_adapter_is_refused(
+    tmp_path: Path, base: Checkpoint, monkeypatch: pytest.MonkeyPatch
+):
+    from sidestep.exports import merged
+
+    trained(tmp_path / "run", base, **SETTINGS["lora"])
+    merge = merged._merge
+
+    def forgetful(tensors: dict[str, Tensor], content: Content) -> None:
+        merge(tensors, replace(content, changes={name: c for name, c in content.changes.items() if name != MODULE}))
+
+    monkeypatch.setattr(merged, "_merge", forgetful)
+    with pytest.raises(ModelError, match=f"merged does not read 1 of the adapter's modules, {MODULE} for one"):
+        export(tmp_path / "run", base, target_name="merged", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_change_that_rounds_to_nothing_is_no_lost_one(tmp_path: Path, base: Checkpoint):
+    weight = BaseWeights(base).weight(MODULE)
+    factors = torch.full((1, weight.shape[1]), 1e-20), torch.full((weight.shape[0], 1), 1e-20)
+    names = [f"base_model.model.{MODULE}.lora_{part}.weight" for part in "AB"]
+    save_file(dict(zip(names, factors, strict=True)), tmp_path / "tiny.safetensors")
+    done = export(tmp_path / "tiny.safetensors", base, target_name="merged", output=tmp_path / "out")
+    assert done.modules == 1 and done.error == 0
+
+
+def test_of_two_exports_into_one_folder_the_later_is_refused(
+    tmp_path: Path, base: Checkpoint, monkeypatch: pytest.MonkeyPatch
+):
+    trained(tmp_path / "run", base, **SETTINGS["lora"])
+    write = Peft.write
+
+    def meet_another(self: Peft, folder: Path, content: Content, weights: BaseWeights) -> None:
+        monkeypatch.setattr(Peft, "write", write)
+        write(self, folder, content, weights)
+        export(tmp_path / "run", base, target_name="comfyui", output=tmp_path / "out")
+
+    monkeypatch.setattr(Peft, "write", meet_another)
+    with pytest.raises(ConfigError, match="holds something already"):
+        export(tmp_path / "run", base, target_name="peft", output=tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["out.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
