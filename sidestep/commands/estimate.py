@@ -20,9 +20,6 @@ from sidestep.ui.console import Console, open_console
 from sidestep.ui.problems import quiet_libraries
 from sidestep.ui.sinks import combine, open_screen, write_log
 
-# How many standard errors 95 % of chance stays within, by the number of samples (Student's t).
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
-
 
 def run(values: Mapping[str, Any], *, screen: GlobalConfig) -> int:
     """Carry out `estimate` with the typed values; returns the exit code."""
@@ -75,6 +72,7 @@ def _show(
 
 
 def _verify(config: EstimateConfig, output: Path, checkpoint: Checkpoint, console: Console) -> None:
+    from sidestep.estimate.scores import chance_limit
     from sidestep.estimate.verify import verify
 
     with open_screen(console) as show:
@@ -90,14 +88,15 @@ def _verify(config: EstimateConfig, output: Path, checkpoint: Checkpoint, consol
     columns = ("adapter", "parameters", "loss before", f"after {config.verify_steps} steps", "lower than uniform by")
     console.table("Held-out loss (+- standard error over runs and songs)", rows, columns)
     console.print()
-    console.print(_verdict(*trained[1].gain_over(uniform), samples=min(len(uniform.after), len(uniform.before.songs))))
+    samples = min(len(uniform.after), len(uniform.before.songs))
+    console.print(_verdict(*trained[1].gain_over(uniform), limit=chance_limit(samples)))
 
 
-def _verdict(gain: float, error: float | None, *, samples: int) -> str:
-    """Say what the comparison shows, and no more; `samples` is how many runs, or songs where they are fewer."""
+def _verdict(gain: float, error: float | None, *, limit: float) -> str:
+    """Say what the comparison shows, and no more; `limit` is how many standard errors may be chance."""
     if error is None:
         return "One run, or one held-out song, tells nothing: set --verify-runs and --val-split higher."
-    if abs(gain) <= STUDENT.get(samples, 2.0) * error:  # Nothing and nothing where the map is the uniform one.
+    if abs(gain) <= limit * error:  # Nothing and nothing where the map is the uniform one.
         return "No difference beyond chance between the map and the uniform adapter."
     return f"The map is {'better' if gain > 0 else 'worse'} than the uniform adapter on these songs, beyond chance."
 
@@ -112,6 +111,7 @@ def _output(config: EstimateConfig) -> Path:
 
 def _next_command(config: EstimateConfig, given: Mapping[str, Any], output: Path) -> str:
     """Return the training command with what was typed here and counts there."""
-    shared = {setting.name for setting in settings_of(TrainConfig)} - {"target_modules", "attention_type", "log_dir"}
+    of_the_map = {"target_modules", "attention_type", "rank"}
+    shared = {setting.name for setting in settings_of(TrainConfig)} - {*of_the_map, "log_dir"}
     typed = {name: value for name, value in given.items() if name in shared}
     return command_line(Plan(config.recipe, {**typed, "rank_map": output, "output_dir": Path("OUTPUT")}))

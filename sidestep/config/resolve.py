@@ -64,6 +64,8 @@ def resolve_training(command: str, typed: Values, *, preset: str | None = None, 
 def _overruled(config: TrainConfig, given: Values) -> list[str]:
     """Return a sentence for each typed setting that others leave without effect, beyond what its own condition says."""
     notices = []
+    if "rank" in given and config.rank_map is not None:
+        notices.append("--rank has no effect with --rank-map: the map gives each module its own rank.")
     if "attention_type" in given and not set(config.target_modules) & set(ATTENTION_PROJECTIONS):
         notices.append("--attention-type has no effect here: --target-modules names the MLP's projections alone.")
     if config.preprocess and given.get("dataset_dir") not in (None, config.tensor_output):
@@ -146,8 +148,10 @@ def contradictions(config: TrainConfig, given: Values) -> list[str]:
 
 def _unfit_name(name: str) -> str:
     """Say why this cannot be the name of an adapter's folder; empty when it can."""
-    if not name.strip() or set(name) & set('./\\:*?"<>|') or not name.isprintable():
-        return "other programs refuse dots and separators"
+    if not name.strip():
+        return "it is empty"
+    if wrong := next((sign for sign in name if sign in './\\:*?"<>|' or not sign.isprintable()), ""):
+        return f"programs or systems refuse {wrong!a} in the name of a folder"
     if name.lower() in DEVICE_NAMES or name != name.strip():
         return "Windows has no folder of that name"
     if name.lower() in RESERVED_NAMES:

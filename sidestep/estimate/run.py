@@ -1,5 +1,6 @@
 """EstimateConfig -> a rank map: the passes, the scores, the division of the budget."""
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,6 +57,8 @@ def estimate(config: EstimateConfig, *, checkpoint: Checkpoint, version: str, em
         if name in found.directions and found.directions[name].shape[1]
     }
     captured = what_it_captures(config, costs, limits, gains_MR, budget=budget, ranks=ranks)
+    if captured and captured.by_map < captured.by_uniform:
+        emit(Notice(text=_worse_than_uniform(config, captured), level="warning"))
     return Estimate(rank_map=rank_map, captured=captured, directions=directions)
 
 
@@ -91,6 +94,21 @@ def _is_noise(found: Found, emit: Emit) -> bool:
     return True
 
 
+def _worse_than_uniform(config: EstimateConfig, captured: Captured) -> str:
+    """Say that the map captures less than the uniform adapter, and which bounds leave it no better choice."""
+    ways = [
+        *(["a smaller --rank-min"] if config.rank_min > 1 else []),
+        *(["a larger --rank-max"] if config.rank_max < captured.uniform_rank else []),
+        *(["--granularity module"] if config.granularity == "layer" else []),
+        "more --parameters",
+    ]
+    return (
+        f"The map captures less of what is usable ({captured.by_map:.1%}) than the uniform adapter of rank "
+        f"{captured.uniform_rank} ({captured.by_uniform:.1%}): its ranks are {config.rank_min} to {config.rank_max}. "
+        f"Set {' or '.join(ways)}, or train without the map."
+    )
+
+
 def _module(name: str, row: int, rank: int, cost: int, found: Found) -> ModuleRank:
     scores, norms_M = found.scores, found.gradient_norm_M
     return ModuleRank(
@@ -98,8 +116,8 @@ def _module(name: str, row: int, rank: int, cost: int, found: Found) -> ModuleRa
         rank=rank,
         cost=cost,
         score=float(found.score_M[row]),
-        low=None if scores is None else float(scores.low_M[row]),
-        high=None if scores is None else float(scores.high_M[row]),
+        low=None if scores is None or math.isnan(scores.low_M[row]) else float(scores.low_M[row]),
+        high=None if scores is None or math.isnan(scores.high_M[row]) else float(scores.high_M[row]),
         stands_out=bool(scores.stands_out_M[row]) if isinstance(scores, CrossFit) else None,
         gradient_norm=None if norms_M is None else float(norms_M[row]),
     )

@@ -20,7 +20,7 @@ FALSE_ALARMS = 0.01  # The chance that anything stands out in pure noise.
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """The score of each module and its 95 % interval over songs."""
+    """The score of each module and its 95 % interval over songs; NaN where one draw tells nothing of it."""
 
     score_M: Array
     low_M: Array
@@ -56,8 +56,9 @@ def cross_fit(values_MR: Array, parts_NMR: Array, songs_N: Sequence[int], *, see
     resampled_BM = _weights(songs_N, seed) @ along_NM
     low_M, high_M = np.percentile(resampled_BM, INTERVAL, axis=0)
     draws = len(along_NM)
-    # One draw tells nothing of its error.
     error_M = along_NM.std(0, ddof=1) / math.sqrt(draws) if draws > 1 else np.full(len(score_M), np.inf)
+    if draws == 1:
+        low_M, high_M = np.full((2, len(score_M)), np.nan)
     critical = stdtrit(max(1, draws - 1), 1 - FALSE_ALARMS / len(score_M))
     return CrossFit(
         score_M=score_M,
@@ -83,6 +84,11 @@ def mean_scores(values_NM: Array, songs_N: Sequence[int], *, seed: int) -> Score
 def proportional(score_M: Array, width: int) -> Array:
     """Return gains whose best division gives ranks in proportion to the scores (times their cost)."""
     return score_M[:, None] / np.arange(1, width + 1)
+
+
+def chance_limit(samples: int) -> float:
+    """Return how many standard errors 95 % of chance stays within (Student's t), for the mean of so many samples."""
+    return float(stdtrit(samples - 1, 0.975))
 
 
 def _reliability(score_M: Array, error_M: Array) -> Array:

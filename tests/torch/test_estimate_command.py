@@ -40,6 +40,7 @@ def test_the_map_lies_beside_the_songs_with_its_picture_and_the_command_that_use
     assert board.Tags()["images"] == ["rank_map"]
 
     (line,) = (line for line in shown.splitlines() if "train.py fixed" in line)
+    assert "--rank " not in line  # It was the budget's; the map has its own.
     words = shlex.split(line.replace("OUTPUT", str(tmp_path / "out")))[3:]
     assert main([*words, "--rank-map-start", "--max-steps", "2", "--num-workers", "0"]) == 0
     assert f"{len(rank_map.ranks)} modules" in capsys.readouterr().out

@@ -58,6 +58,23 @@ def test_the_budget_is_the_uniform_adapters_and_is_kept(songs: Path, base: Check
     assert rank_map.budget.suggested_rank is not None and rank_map.budget.suggested_parameters is not None
 
 
+def test_a_map_that_captures_less_than_the_uniform_adapter_is_said(songs: Path, base: Checkpoint):
+    def warnings(**changes: Any) -> list[str]:
+        _, events = run(config(songs, estimate_batches=48, **changes), base)
+        return [event.text for event in events if isinstance(event, Notice) and event.level == "warning"]
+
+    (said,) = warnings(rank=2, rank_min=8, rank_max=16)
+    assert "than the uniform adapter of rank 2" in said and "its ranks are 8 to 16. Set a smaller --rank-min" in said
+    assert "--rank-max" not in said and "--granularity" not in said
+    assert warnings() == []
+
+
+def test_one_draw_a_half_has_no_interval(songs: Path, base: Checkpoint):
+    rank_map, _ = run(config(songs, estimate_batches=2), base)
+    assert {(module.low, module.high) for module in rank_map.modules} == {(None, None)}
+    assert all(module.low is not None for module in run(config(songs, estimate_batches=4), base)[0].modules)
+
+
 @pytest.mark.parametrize("granularity", ["module", "layer"])
 def test_what_the_map_captures_is_told_beside_the_uniform_adapter(granularity: str, songs: Path, base: Checkpoint):
     def captured(**changes: Any) -> Captured | None:

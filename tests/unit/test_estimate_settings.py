@@ -84,3 +84,25 @@ def test_training_with_a_map_leaves_the_choice_of_modules_to_it():
         resolve_training("fixed", {"dataset_dir": "tensors", "output_dir": "out", "rank_map_start": True})
     with pytest.raises(ConfigError, match="--rank-map counts only with --adapter-type"):
         resolve_training("fixed", {**typed, "adapter_type": "lokr"})
+
+
+def test_a_rank_beside_a_map_has_no_effect_and_is_said():
+    typed = {"dataset_dir": "tensors", "output_dir": "out", "rank": 8}
+    said = "--rank has no effect with --rank-map: the map gives each module its own rank."
+    assert said in resolve_training("fixed", {**typed, "rank_map": "rank_map.json"}).notices
+    assert said not in resolve_training("fixed", typed).notices
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("a<b", "refuse '<'"),
+        ("v1.5", "refuse '.'"),
+        ("a/b", "refuse '/'"),
+        ("a\tb", r"refuse '\\t'"),
+        (" ", "is empty"),
+    ],
+)
+def test_a_name_that_no_folder_can_have_is_refused_with_its_reason(name: str, why: str):
+    with pytest.raises(ConfigError, match=why):
+        resolve_training("fixed", {"dataset_dir": "tensors", "output_dir": "out", "run_name": name})

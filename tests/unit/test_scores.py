@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sidestep.estimate.scores import cross_fit, mean_scores
+from sidestep.estimate.scores import chance_limit, cross_fit, mean_scores
 
 DRAWS, SONGS, RANKS = 48, 6, 8
 
@@ -46,6 +46,7 @@ def test_in_pure_noise_hardly_anything_stands_out_however_few_the_draws(draws: i
 
 def test_what_one_draw_shows_is_not_beyond_chance_nor_usable():
     found = cross_fit(values([1.0]), np.ones((1, 1, RANKS)), [0], seed=0)
+    assert np.isnan(found.low_M).all() and np.isnan(found.high_M).all()
     assert not found.stands_out_M.any() and not found.gains_MR.any()
 
 
@@ -89,3 +90,8 @@ def test_a_mean_of_norms_is_ranked_without_a_test():
     found = mean_scores(norms, SONG_OF, seed=0)
     assert found.score_M.argmax() == 1
     assert (found.low_M < found.score_M).all() and (found.score_M < found.high_M).all()
+
+
+@pytest.mark.parametrize(("samples", "limit"), [(2, 12.706), (10, 2.262), (11, 2.228), (31, 2.042)])
+def test_few_samples_leave_chance_more_room(samples: int, limit: float):
+    assert chance_limit(samples) == pytest.approx(limit, abs=5e-4)
