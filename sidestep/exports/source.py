@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,15 @@ DIFFUSERS_HEADER = "lora_adapter_metadata"
 DIFFUSERS_PREFIX = "transformer."
 WRITTEN_FOR = "sidestep_export"
 """Header of our own exports for ComfyUI, whose magnitudes are relative to the unchanged weight."""
-_PREFIXES = ("base_model.model.", DIFFUSERS_PREFIX, "diffusion_model.", "decoder.")
-_FLAT_PREFIXES = ("lycoris_", "lora_unet_decoder_", "lora_unet_")
+_PREFIXES = ("base_model.model.", DIFFUSERS_PREFIX, "diffusion_model.", "unet.", "model.", "decoder.")
+_FLAT_PREFIXES = ("lycoris_decoder_", "lycoris_", "lora_unet_decoder_", "lora_unet_")
 _BIASES = ("bias", "diff_b")
-_PARTS = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up"}
+_PARTS = {
+    **dict.fromkeys(("lora_A", "lora_down", "lora.down"), "down"),
+    **dict.fromkeys(("lora_B", "lora_up", "lora.up"), "up"),
+}
 _PART = re.compile(
-    r"(?P<stem>.+)\.(?:(?P<lora>lora_A|lora_B|lora_down|lora_up)(?:\.default)?\.weight"
+    r"(?P<stem>.+)\.(?:(?P<lora>lora_A|lora_B|lora[_.]down|lora[_.]up)(?:\.default)?(?:\.weight)?"
     r"|(?P<magnitude>lora_magnitude_vector)(?:\.default)?(?:\.weight)?"
     r"|(?P<other>alpha|dora_scale|bias|diff_b|lokr_\w+|hada_\w+))"
 )
@@ -98,7 +101,7 @@ def _by_module(file: Path, tensors: Mapping[str, Tensor], base: BaseWeights) -> 
         if module not in base.shapes:
             raise ModelError(
                 f"{file} changes {module}, which the {base.variant} model does not have.",
-                hint="Is --model-variant the model it was trained on?",
+                hint=_why_unknown(module, [*base.shapes, *flat]),
             )
         part = _PARTS[match["lora"]] if match["lora"] else match["magnitude"] or match["other"]
         if part in groups[module]:
@@ -112,12 +115,27 @@ def _by_module(file: Path, tensors: Mapping[str, Tensor], base: BaseWeights) -> 
 def _module(stem: str, flat: Mapping[str, str]) -> str:
     for prefix in _FLAT_PREFIXES:
         if stem.startswith(prefix):
-            return flat.get(stem.removeprefix(prefix), stem)
+            stem = stem.removeprefix(prefix)
+            return flat.get(stem, stem)
     # Some trainers wrote their prefix twice.
     while stem.startswith(_PREFIXES):
         stem = next(stem.removeprefix(prefix) for prefix in _PREFIXES if stem.startswith(prefix))
     # PEFT's name for the biases of a module that it put an adapter on.
     return to_original(stem.removesuffix(".base_layer"))
+
+
+def _why_unknown(module: str, known: Iterable[str]) -> str:
+    """Say what a module may belong to: a model of more layers, or a program whose names are not read."""
+    if _without_numbers(module) in {_without_numbers(name) for name in known}:
+        return "Is --model-variant the model it was trained on?"
+    return (
+        "Names are read as PEFT, diffusers, ComfyUI and LyCORIS write them for ACE-Step 1.5: is it an adapter of "
+        "another model, or of a program with names of its own?"
+    )
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\d+", "0", name)
 
 
 def _bias(file: Path, name: str, group: Group, base: BaseWeights) -> Tensor:

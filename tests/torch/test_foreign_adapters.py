@@ -229,3 +229,42 @@ def test_of_two_exports_into_one_folder_the_later_is_refused(
         export(tmp_path / "run", base, target_name="peft", output=tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["out.safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+@pytest.mark.parametrize(
+    ("down", "up"),
+    [
+        (f"unet.{MODULE}.lora_A.weight", f"unet.{MODULE}.lora_B.weight"),
+        (f"model.decoder.{MODULE}.lora_A.weight", f"model.decoder.{MODULE}.lora_B.weight"),
+        (f"{MODULE}.lora.down.weight", f"{MODULE}.lora.up.weight"),
+        (f"{MODULE}.lora_A", f"{MODULE}.lora_B"),
+        tuple(f"lycoris_decoder_{MODULE.replace('.', '_')}.lora_{part}.weight" for part in ("down", "up")),
+    ],
+    ids=["unet", "model.decoder", "lora.up", "bare", "lycoris_decoder"],
+)
+def test_other_spellings_of_a_lora_are_read(tmp_path: Path, base: Checkpoint, down: str, up: str):
+    out, into = BaseWeights(base).shapes[MODULE]
+    factors = {down: torch.randn(4, into), up: torch.randn(out, 4)}
+    save_file(factors, tmp_path / "theirs.safetensors")
+    found = read_adapter(tmp_path / "theirs.safetensors", BaseWeights(base))
+    assert_same(
+        {name: change.product() for name, change in found.changes.items()}, {MODULE: factors[up] @ factors[down]}
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "hint"),
+    [
+        ("layers.99.self_attn.q_proj", "Is --model-variant the model"),
+        ("lora_unet_layers_99_self_attn_q_proj", "Is --model-variant the model"),
+        ("transformer_blocks.0.attn.to_q", "Names are read as PEFT"),
+        ("lora_te_text_model_layers_0_q_proj", "Names are read as PEFT"),
+    ],
+)
+def test_a_module_that_is_not_there_is_refused_with_the_likely_reason(
+    tmp_path: Path, base: Checkpoint, module: str, hint: str
+):
+    save_file({f"{module}.lora_{part}.weight": torch.randn(4, 4) for part in "AB"}, tmp_path / "theirs.safetensors")
+    with pytest.raises(ModelError, match="which the base model does not have") as raised:
+        read_adapter(tmp_path / "theirs.safetensors", BaseWeights(base))
+    assert raised.value.hint.startswith(hint)
