@@ -58,6 +58,8 @@ def run(config: ExportConfig, *, console: Console) -> int:
         rows.append(("name", "ACE-Step's app takes a folder with merge in its name for no turbo model: rename it"))
     if config.to == "peft" and "." in config.output.name:
         rows.append(("name", "ACE-Step's app takes no adapter from a folder with a dot in its name: rename it"))
+    if done.remark:
+        rows.append(("not for", f"{done.remark} Export it with --to diffusers for that."))
     rows.append(("use it", _READERS[config.to].format(path=str(config.output))))
     console.table(f"Exported to {config.output} in {time.monotonic() - started:.0f} s", rows)
     return 0

@@ -21,6 +21,7 @@ from sidestep.exports.peft import Peft
 from sidestep.exports.source import Source, read_adapter
 from sidestep.exports.target import Content, Target
 from sidestep.model.checkpoint import Checkpoint
+from sidestep.training.adapters.lora import NOT_FOR_DIFFUSERS, diffusers_finds
 from sidestep.training.checkpoints import write_folder
 
 TARGETS: Mapping[str, Callable[[str], Target]] = {
@@ -57,6 +58,8 @@ class Exported:
     rounding_error: float
     """What storing merged weights in the source's format costs, over all modules together; 0 for adapters."""
     read_by: tuple[str, ...]
+    remark: str
+    """Which program one may think of will not load it; empty for none."""
 
 
 def export(
@@ -215,6 +218,7 @@ def _prove(
         worst=worst.worst,
         rounding_error=rounding,
         read_by=tuple(readings),
+        remark=NOT_FOR_DIFFUSERS if target_name == "peft" and not diffusers_finds(content.changes) else "",
     )
 
 

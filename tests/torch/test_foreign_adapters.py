@@ -268,3 +268,11 @@ def test_a_module_that_is_not_there_is_refused_with_the_likely_reason(
     with pytest.raises(ModelError, match="which the base model does not have") as raised:
         read_adapter(tmp_path / "theirs.safetensors", BaseWeights(base))
     assert raised.value.hint.startswith(hint)
+
+
+def test_an_export_that_diffusers_will_not_load_says_so(tmp_path: Path, base: Checkpoint):
+    for kind, said in (("mlp only", "diffusers will not load this adapter"), ("lora", "")):
+        trained(tmp_path / kind, base, **SETTINGS[kind])
+        done = export(tmp_path / kind, base, target_name="peft", output=tmp_path / f"{kind} out")
+        assert done.remark.startswith(said) and bool(done.remark) == bool(said)
+    assert export(tmp_path / "mlp only", base, target_name="diffusers", output=tmp_path / "out").remark == ""

@@ -6,7 +6,7 @@ acestep.cpp: the scale is folded into B and `lora_alpha` equals `r`, because mos
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +24,9 @@ from sidestep.training.adapters.base import diffusers_names, freeze, target_suff
 from sidestep.training.adapters.files import LORA_FILE, check_start, find_weights, read_weights, write_weights
 
 PREFIX = "base_model.model."
+NOT_FOR_DIFFUSERS = (
+    "diffusers will not load this adapter: it looks for q_proj or k_proj, and neither is among the targets."
+)
 _RANK_AT = {"A.weight": 0, "B.weight": 1}  # A is [rank, in], B is [out, rank].
 
 
@@ -191,6 +194,11 @@ def attach_lora(
     )
 
 
+def diffusers_finds(modules: Iterable[str]) -> bool:
+    """Say whether diffusers takes a file with the original's names of these modules for an adapter of its model."""
+    return any(name.endswith(("q_proj", "k_proj")) for name in modules)
+
+
 def ranks_in(values: Mapping[str, Tensor]) -> dict[str, int]:
     """Return each module's rank in the weights of a LoRA or DoRA."""
     return {_module_of(name): len(value) for name, value in values.items() if name.endswith("lora_A.weight")}
@@ -232,11 +240,7 @@ def _set_magnitudes(decoder: nn.Module, modules: Sequence[str]) -> None:
 
 
 def _remarks(modules: Sequence[str], trained: Mapping[str, Parameter], *, bias: str, is_dora: bool) -> list[str]:
-    remarks = []
-    if not any(name.endswith(("q_proj", "k_proj")) for name in modules):
-        remarks.append(
-            "diffusers will not load this adapter: it looks for q_proj or k_proj, and neither is among the targets."
-        )
+    remarks = [] if diffusers_finds(modules) else [NOT_FOR_DIFFUSERS]
     if is_dora:
         remarks.append("ComfyUI and acestep.cpp ignore DoRA's magnitudes; ACE-Step's app, PEFT and diffusers use them.")
     biases = sum(name.endswith(".bias") for name in trained)
