@@ -22,11 +22,15 @@ class Ema:
         values = {name: start[name].detach().to(parameter).clone() for name, parameter in parameters.items()}
         return cls(parameters, decay, values)
 
-    def update(self, step: int) -> None:
-        """Take in the weights after optimizer step `step` (from 1), with decay min(decay, (1 + step) / (10 + step))."""
-        decay = min(self.decay, (1 + step) / (10 + step))
+    def update(self, step: int, *, unless: Tensor | None = None) -> None:
+        """Take in the weights after optimizer step `step` (from 1), with decay min(decay, (1 + step) / (10 + step)).
+
+        `unless`: a flag on the device, 0 or 1; while it is raised the average stays as it is, without a wait for it.
+        """
+        share = 1 - min(self.decay, (1 + step) / (10 + step))
+        weight = share if unless is None else (1 - unless) * share
         for name, value in self.average.items():
-            value.lerp_(self.parameters[name].detach(), 1 - decay)
+            value.lerp_(self.parameters[name].detach(), weight)
 
     def values(self) -> dict[str, Tensor]:
         """Return copies of the average on the CPU."""

@@ -67,8 +67,7 @@ def _epochs(
     while state.step < pace.total_steps:
         evenly = stepper.model.sharded is not None
         for work in works(state, batches, passes=pace.passes, device=stepper.model.device, evenly=evenly):
-            _step(work, state, stepper=stepper, pace=pace, readings=readings, emit=emit)
-            hooks.after_step()
+            _step(work, state, stepper=stepper, pace=pace, hooks=hooks, readings=readings, emit=emit)
             if state.step >= pace.total_steps:
                 break
             if hooks.stop_requested():
@@ -121,7 +120,9 @@ def works(
         yield Work(own, places + [first] * idle, whole, len(draws))
 
 
-def _step(work: Work, state: TrainState, *, stepper: Stepper, pace: Pace, readings: "Readings", emit: Emit) -> None:
+def _step(
+    work: Work, state: TrainState, *, stepper: Stepper, pace: Pace, hooks: Hooks, readings: "Readings", emit: Emit
+) -> None:
     lr = pace.lr * lr_factor(
         state.step, schedule=pace.schedule, warmup_steps=pace.warmup_steps, total_steps=pace.total_steps
     )
@@ -132,9 +133,10 @@ def _step(work: Work, state: TrainState, *, stepper: Stepper, pace: Pace, readin
     reading = stepper(work.batches, lr=lr, seeds=seeds, with_modules=with_modules, whole=work.whole)
     state.step += 1
     state.batch += work.length
-    emit(StepDone(step=state.step, epoch=state.epoch + 1))
+    hooks.after_step()  # Before a sink hears of the step: where one fails, what is saved is whole.
     timesteps = [t for batch in work.batches[: work.whole.passes] for t in batch.task.timesteps_B.tolist()]
     readings.add(PendingStep(before, reading, lr, timesteps, stepper.modules))
+    emit(StepDone(step=state.step, epoch=state.epoch + 1))
     if readings.is_due(state.step):
         readings.read(state)
 

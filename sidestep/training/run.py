@@ -1,15 +1,25 @@
 """A run as a whole: assembled, carried through the loop, saved."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from sidestep.config.runs import CHECKPOINTS, checkpoint_name
 from sidestep.config.shell import shell_line, start_words
-from sidestep.errors import DataError, ElsewhereError, LostProcessError, NonFiniteError, NoRoomError, ReadingError
+from sidestep.errors import (
+    DataError,
+    ElsewhereError,
+    LostProcessError,
+    NonFiniteError,
+    NoRoomError,
+    ReadingError,
+    RunError,
+)
 from sidestep.events import AdapterSaved, CheckpointSaved, Emit, RunDone, RunStarted, Validated
 from sidestep.model.device import full_memory_alike
 from sidestep.preprocess.tensors import FRAMES_PER_SECOND
@@ -20,6 +30,8 @@ from sidestep.training.fit import takes_less
 from sidestep.training.loop import Hooks, Reason, train
 from sidestep.training.state import TrainState
 from sidestep.training.validation import held_out_loss
+
+logger = logging.getLogger(__name__)
 
 
 class Listener(Protocol):
@@ -37,7 +49,7 @@ def carry_out(
     emit(_started(run))
     hooks = Hooks(
         save=lambda: _save(run, emit),
-        after_step=lambda: run.ema.update(run.state.step) if run.ema else None,
+        after_step=lambda: run.ema.update(run.state.step, unless=run.stepper.stops_updates) if run.ema else None,
         after_epoch=lambda: _after_epoch(run, emit, listen),
         stop_requested=stop_requested,
     )
@@ -113,6 +125,10 @@ def _validate(run: Run, emit: Emit) -> None:
     found = held_out_loss(run.stepper.model, run.held_out, run.law, processes=run.processes)
     # The untrained model's loss is a reading to compare with, not a result to keep.
     is_best = state.step > 0 and found.mean < state.best_loss
+    folder = run.output_dir / f"{run.run_name}_best" if is_best and run.config.save_best else None
+    if folder and run.processes.is_first:
+        # Before the state says so, and before a sink can fail: no later epoch would save it.
+        save_adapter(folder, run.adapter, current_values(run.adapter), about=_about(run))
     if is_best:
         state.best_loss, state.epochs_since_best = found.mean, 0
     elif state.step > 0:
@@ -127,16 +143,18 @@ def _validate(run: Run, emit: Emit) -> None:
             is_best=is_best,
         )
     )
-    if is_best and run.config.save_best and run.processes.is_first:
-        folder = run.output_dir / f"{run.run_name}_best"
-        save_adapter(folder, run.adapter, current_values(run.adapter), about=_about(run))
+    if folder and run.processes.is_first:
         emit(AdapterSaved(folder=folder, kind="best"))
 
 
 def _save(run: Run, emit: Emit) -> None:
     """Write a checkpoint, if this is the process that writes; the others go on, and wait where they next meet."""
-    if not run.processes.is_first:
-        return
+    if run.processes.is_first:
+        folder = _write_checkpoint(run)
+        emit(CheckpointSaved(folder=folder, step=run.state.step, epoch=run.state.epoch))
+
+
+def _write_checkpoint(run: Run) -> Path:
     state = run.state
     name = checkpoint_name(epoch=state.epoch, step=state.step, is_epoch_end=state.batch == 0)
     folder = run.output_dir / CHECKPOINTS / name
@@ -149,7 +167,7 @@ def _save(run: Run, emit: Emit) -> None:
         identity=dict(run.identity),
     )
     save_checkpoint(folder, snapshot, run.adapter, config_text=run.config_text, about=_about(run))
-    emit(CheckpointSaved(folder=folder, step=state.step, epoch=state.epoch))
+    return folder
 
 
 def _save_final(run: Run, emit: Emit) -> None:
@@ -204,6 +222,11 @@ def _saving_on_failure(run: Run, emit: Emit) -> Iterator[None]:
         _keep(run, emit)
         error.hint += _saved(run)
         raise
+    except RunError as error:
+        # A file that is reported to could not be written, maybe on another disk; or a checkpoint.
+        if _is_kept(run):
+            error.hint += _saved(run)
+        raise
     finally:
         run.batches.close()
 
@@ -211,6 +234,17 @@ def _saving_on_failure(run: Run, emit: Emit) -> Iterator[None]:
 def _keep(run: Run, emit: Emit) -> None:
     if run.state.step > run.first_step:
         _save(run, emit)
+
+
+def _is_kept(run: Run) -> bool:
+    """Save where something could not be written; say whether this could be. No sink is told: one of them has failed."""
+    if run.state.step > run.first_step and run.processes.is_first:
+        try:
+            _write_checkpoint(run)
+        except RunError as error:
+            logger.warning("What was done since the last checkpoint is not saved: %s", error)
+            return False
+    return True
 
 
 def _saved(run: Run) -> str:

@@ -118,6 +118,11 @@ class Stepper:
         self._update(reading, lr)
         return reading
 
+    @property
+    def stops_updates(self) -> Tensor | None:
+        """The flag on the device (0 or 1) that makes this and every later update skip; None where the step looks."""
+        return self._not_finite if self.guards_itself else None
+
     def forget_failures(self) -> None:
         """Let updates go on after numbers that were not finite, when the weights have been put back."""
         self._not_finite.zero_()

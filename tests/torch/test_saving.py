@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sidestep.config.runs import CHECKPOINTS, RUN_CONFIG, STATE_FILE
+from sidestep.config.runs import CHECKPOINTS, RUN_CONFIG, STATE_FILE, checkpoints_in
 from sidestep.errors import RunError
-from sidestep.events import AdapterSaved, CheckpointSaved
+from sidestep.events import AdapterSaved, CheckpointSaved, Event, Metrics, StepDone, Validated
 from sidestep.model.checkpoint import Checkpoint
 from sidestep.training.checkpoints import write_folder
 from sidestep.training.run import carry_out
@@ -131,6 +131,52 @@ def test_a_disk_that_fills_up_in_training_ends_the_run_at_its_last_checkpoint(tm
     assert steps_of(events) == [3, 4]
     resumed = train(replace(config, resume_from=tmp_path / "run"), base, songs, tmp_path / "run")
     assert steps_of(resumed.events) == steps_of(whole.events)[2:]
+
+
+@pytest.mark.parametrize(
+    ("kind", "log_every", "name"),
+    [
+        (StepDone, 1, "epoch_1_step_3"),
+        (Metrics, 1, "epoch_1_step_3"),
+        (Metrics, 3, "epoch_1_step_3"),
+        (Validated, 2, "epoch_2"),
+    ],
+)
+def test_what_was_done_is_saved_when_a_file_that_is_reported_to_cannot_be_written(
+    tmp_path: Path, base: Checkpoint, kind: type[Event], log_every: int, name: str
+):
+    songs = write_songs(tmp_path / "songs", base, (20, 20, 20))
+    config = tiny_config(epochs=3, ema_decay=0.5, val_split=0.34, log_every=log_every)
+    whole = train(config, base, songs, tmp_path / "whole")
+    run = prepare(config, base, songs, tmp_path / "run")
+    failure = RunError("The disk is full: board cannot be written.", hint="Free some space.")
+
+    def full(event: Event) -> None:
+        # Once it is full it stays full.
+        if run.state.step >= 3 and (isinstance(event, kind) or failure.__traceback__):
+            raise failure
+
+    with pytest.raises(RunError, match="board cannot be written") as caught:
+        carry_out(run, emit=full, stop_requested=lambda: False)
+    assert caught.value.hint.startswith("Free some space. What was done is saved: ")
+    assert [folder.name for folder in checkpoints_in(tmp_path / "run")] == [name]
+    resumed = train(replace(config, resume_from=tmp_path / "run"), base, songs, tmp_path / "run")
+    for part in ("adapter", "ema", "optimizer"):
+        assert_identical(resumed.state[part], whole.state[part])
+
+
+def test_the_best_adapter_is_saved_though_a_sink_fails_on_hearing_of_it(tmp_path: Path, base: Checkpoint):
+    songs = write_songs(tmp_path / "songs", base, (20, 20, 20))
+    run = prepare(tiny_config(val_split=0.34), base, songs, tmp_path / "run")
+
+    def full(event: Event) -> None:
+        if isinstance(event, Validated) and event.is_best:
+            raise RunError("The disk is full.")
+
+    with pytest.raises(RunError, match="disk is full"):
+        carry_out(run, emit=full, stop_requested=lambda: False)
+    (checkpoint,) = checkpoints_in(tmp_path / "run")
+    assert_identical(adapter_tensors(tmp_path / "run" / f"{RUN_NAME}_best"), adapter_tensors(checkpoint))
 
 
 def test_checkpoints_are_saved_every_so_many_epochs_and_at_the_end(tmp_path: Path, base: Checkpoint):

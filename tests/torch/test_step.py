@@ -201,6 +201,32 @@ def test_a_loss_that_is_not_finite_names_its_songs_and_keeps_what_was_done(
     assert [event.loss for event in resumed.all_of(EpochDone)] == losses
 
 
+def test_the_average_takes_in_nothing_after_a_number_that_is_not_finite_though_it_is_found_later(
+    tmp_path: Path, base: Checkpoint
+):
+    songs = write_songs(tmp_path / "songs", base, (40,) * 4)
+    config = tiny_config(ema_decay=0.5, log_every=100, epochs=3)
+    good = self_guarding(prepare(config, base, songs, tmp_path / "good"))
+    carry_out(good, emit=lambda event: None, stop_requested=lambda: good.state.step == 3)
+    run = self_guarding(prepare(config, base, songs, tmp_path / "run"))
+    spoil(songs, run, size=1e30)
+    _, events = carry_until_error(run, NonFiniteError)
+    assert steps_of(events) == [1, 2, 3, 4] and run.state.step == 3
+    assert good.ema and run.ema
+    assert_identical(run.ema.values(), good.ema.values())
+
+
+def self_guarding(run: Run) -> Run:
+    """Have the optimizer skip by a flag of its own, as on CUDA."""
+    stepper = run.stepper
+    parameters = list(stepper.parameters.values())
+    stepper.optimizer = torch.optim.AdamW(parameters, fused=True)
+    stepper.optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]
+    stepper.guards_itself = True
+    stepper._not_finite = stepper.optimizer.found_inf  # type: ignore[attr-defined]
+    return run
+
+
 def test_a_gradient_that_is_not_finite_leaves_the_weights_and_the_optimizer_as_they_were(
     tmp_path: Path, base: Checkpoint
 ):
