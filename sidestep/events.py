@@ -83,7 +83,8 @@ class StepDone:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metrics:
-    """Read back every `log_every` steps: mean `loss` since the last reading, last `grad_norm` before clipping."""
+    """Read back every `log_every` steps, and of the rest where a run stops: mean `loss` since the last reading, last
+    `grad_norm` before clipping."""
 
     step: int
     epoch: int

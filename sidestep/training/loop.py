@@ -51,19 +51,18 @@ def train(state: TrainState, *, stepper: Stepper, batches: Batches, pace: Pace, 
     """Train from where `state` is to the end of the run, or until a stop is requested; saves what is to be kept."""
     readings = Readings(emit, pace, stepper.model.device)
     try:
-        return _epochs(state, readings, stepper=stepper, batches=batches, pace=pace, hooks=hooks, emit=emit)
+        reason = _epochs(state, readings, stepper=stepper, batches=batches, pace=pace, hooks=hooks, emit=emit)
     finally:
         # Whatever stopped the run, the numbers of the steps before it belong to what is kept of it.
-        readings.read(state)
+        readings.finish(state)
+    hooks.save()
+    return reason
 
 
 def _epochs(
     state: TrainState, readings: "Readings", *, stepper: Stepper, batches: Batches, pace: Pace, hooks: Hooks, emit: Emit
 ) -> Reason:
-    def save() -> None:
-        readings.read(state)
-        readings.leave_out(hooks.save)
-
+    """Train as `train` does; what the last steps left is not saved yet."""
     while state.step < pace.total_steps:
         evenly = stepper.model.sharded is not None
         for work in works(state, batches, passes=pace.passes, device=stepper.model.device, evenly=evenly):
@@ -71,18 +70,15 @@ def _epochs(
             if state.step >= pace.total_steps:
                 break
             if hooks.stop_requested():
-                save()
                 return "interrupted"
         readings.read(state)
         if state.batch < batches.plan.batches_per_epoch:
             break  # max_steps ended the run within an epoch.
         emit(EpochDone(step=state.step, epoch=state.epoch + 1, loss=state.finish_epoch()))
         if not readings.leave_out(hooks.after_epoch):
-            save()
             return "early_stop"
         if state.epoch % pace.save_every == 0 and state.step < pace.total_steps:
-            save()
-    save()
+            readings.leave_out(hooks.save)
     return "finished"
 
 
@@ -162,6 +158,7 @@ class Readings:
     _pending: list[PendingStep] = field(default_factory=list)
     _read: list[PendingStep] = field(default_factory=list)
     _losses: list[float] = field(default_factory=list)
+    _grad_norm: float = 0.0
     _since: float = field(default_factory=time.monotonic)
 
     def add(self, step: PendingStep) -> None:
@@ -193,17 +190,28 @@ class Readings:
                 if not step.reading.is_checked:
                     check(loss, norm, step.reading.songs)
             except NonFiniteError:
-                state.go_back_to(step.before)
+                # The steps that were read before it count; `before` was taken when they were not read yet.
+                sums = {"epoch_loss_sum": state.epoch_loss_sum, "epoch_steps": state.epoch_steps}
+                state.go_back_to(replace(step.before, **sums))
                 raise
             state.epoch_loss_sum += loss
             state.epoch_steps += 1
+            self._read.append(step)
             self._losses.append(loss)
-        self._read += steps
+            self._grad_norm = norm
         if self.is_due(steps[-1].before.step + 1):
-            self._report(self._read, self._losses, numbers[-1][1])
-            self._read, self._losses = [], []
+            self._report()
 
-    def _report(self, steps: list[PendingStep], losses: list[float], grad_norm: float) -> None:
+    def finish(self, state: TrainState) -> None:
+        """Read what is left and report it, due or not: no later reading has these steps."""
+        try:
+            self.read(state)
+        finally:
+            if self._read:
+                self._report()
+
+    def _report(self) -> None:
+        (steps, losses), (self._read, self._losses) = (self._read, self._losses), ([], [])
         now = time.monotonic()
         last = steps[-1].before
         self.emit(
@@ -212,7 +220,7 @@ class Readings:
                 epoch=last.epoch + 1,
                 loss=sum(losses) / len(losses),
                 lr=steps[-1].lr,
-                grad_norm=grad_norm,
+                grad_norm=self._grad_norm,
                 steps_per_second=len(steps) / max(now - self._since, 1e-9),
                 memory_gib=memory_gib(self.device),
             )

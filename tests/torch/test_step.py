@@ -214,6 +214,7 @@ def test_the_average_takes_in_nothing_after_a_number_that_is_not_finite_though_i
     assert steps_of(events) == [1, 2, 3, 4] and run.state.step == 3
     assert good.ema and run.ema
     assert_identical(run.ema.values(), good.ema.values())
+    assert run.state == good.state, "the losses of the steps before it count"
 
 
 def self_guarding(run: Run) -> Run:
