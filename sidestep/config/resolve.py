@@ -9,7 +9,7 @@ from sidestep.config.adapter import ATTENTION_PROJECTIONS, PEFT
 from sidestep.config.presets import read_preset, read_run_config
 from sidestep.config.rank_map import kept_map
 from sidestep.config.recipe import RECIPE_PINS, learning_rate_of
-from sidestep.config.runs import LONGEST_NAME, RESERVED_NAMES, RUN_CONFIG, resume_candidates, run_of
+from sidestep.config.runs import LONGEST_NAME, RESERVED_NAMES, RUN_CONFIG, resume_candidates, resumed_run, run_of
 from sidestep.config.settings import (
     Setting,
     Values,
@@ -163,23 +163,23 @@ def _unfit_name(name: str) -> str:
 
 def _resumed_values(command: str, path: Path) -> dict[str, Any]:
     """Return the settings of the run that is gone on with; its folder may have been moved since."""
-    checkpoint, (recipe, values) = _newest_readable(resume_candidates(path))
+    recipe, values = _newest_readable(resume_candidates(path))
     if recipe != command:
         line = shell_line([*start_words(), recipe, "--resume-from", path])
         raise ConfigError(f"{path} was trained with '{recipe}', not '{command}'.", hint=f"Resume it with:\n  {line}")
-    run = run_of(checkpoint)
+    run = resumed_run(path)
     own = {"output_dir": run, "rank_map": kept_map(values, run), "resume_from": path, "preprocess": False}
     return {**values, **own}
 
 
-def _newest_readable(checkpoints: list[Path]) -> tuple[Path, tuple[str, dict[str, Any]]]:
-    """Return the newest checkpoint whose settings can be read; all of a run's hold the same."""
+def _newest_readable(checkpoints: list[Path]) -> tuple[str, dict[str, Any]]:
+    """Return the recipe and the settings of the newest checkpoint that can be read; all of a run's hold the same."""
     for checkpoint in checkpoints[:-1]:
         try:
-            return checkpoint, read_run_config(checkpoint / RUN_CONFIG)
+            return read_run_config(checkpoint / RUN_CONFIG)
         except ConfigError:
             continue
-    return checkpoints[-1], read_run_config(checkpoints[-1] / RUN_CONFIG)
+    return read_run_config(checkpoints[-1] / RUN_CONFIG)
 
 
 def _refuse_changes(resumed: Values, chosen: Values) -> None:

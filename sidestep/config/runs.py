@@ -72,17 +72,24 @@ def named_folder(path: Path) -> Path:
 
 
 def run_of(checkpoint: Path) -> Path:
-    """Return the output folder of the run that a checkpoint folder belongs to."""
+    """Return the output folder of the run that a checkpoint folder belongs to; itself where it was copied out of it."""
     # As it was typed, else as it is: `epoch_10` or `.` say nothing of the folder above them.
     for known in (checkpoint, checkpoint.resolve()):
-        if known.parent.name == CHECKPOINTS:
+        # Other folders are called `checkpoints`, too: what lies above them is no run.
+        if known.parent.name == CHECKPOINTS and (known.parent.parent / RUN_CONFIG).is_file():
             return known.parent.parent
     return checkpoint
 
 
+def resumed_run(path: Path) -> Path:
+    """Return the output folder of the run that `--resume-from PATH` goes on with."""
+    folder = named_folder(path)
+    return run_of(folder) if (folder / STATE_FILE).is_file() else folder
+
+
 def is_of_run(path: Path, run: Path) -> bool:
     """Say whether `--resume-from PATH` goes on with the run in this folder."""
-    return run.exists() and run_of(resume_candidates(path)[0]).samefile(run)
+    return run.exists() and resumed_run(path).samefile(run)
 
 
 def holds_adapter(folder: Path) -> bool:

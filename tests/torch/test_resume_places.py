@@ -73,6 +73,21 @@ def test_an_older_checkpoint_that_is_named_by_its_state_file_sets_the_newer_ones
     assert (run / CHECKPOINTS / "superseded_epoch_2").is_dir()
 
 
+def test_a_checkpoint_that_was_copied_into_any_folder_called_checkpoints_goes_on_in_itself(tmp_path: Path, run: Path):
+    copied = tmp_path / "home" / CHECKPOINTS / "epoch_1"
+    shutil.copytree(run / CHECKPOINTS / "epoch_1", copied)
+    assert go_on(copied, "--epochs", "2") == 0
+    assert [path.name for path in (tmp_path / "home").iterdir()] == [CHECKPOINTS]
+    assert names(copied) == ["epoch_2"]
+
+
+def test_a_run_of_which_the_checkpoints_alone_are_left_goes_on_where_they_lie(tmp_path: Path, run: Path):
+    left = tmp_path / "left"
+    shutil.copytree(run / CHECKPOINTS, left / CHECKPOINTS)
+    assert go_on(left, "--epochs", "3") == 0
+    assert names(left) == ["epoch_3", "epoch_2", "epoch_1"]
+
+
 def test_a_checkpoint_that_was_copied_out_of_its_run_is_gone_on_with_more_than_once(tmp_path: Path, run: Path):
     copied = tmp_path / "copied"
     shutil.copytree(run / CHECKPOINTS / "epoch_1", copied)
