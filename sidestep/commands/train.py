@@ -230,7 +230,7 @@ def _open_files(stack: ExitStack, training: "Run", emit: Emit) -> Emit:
     output_dir, first_step = training.output_dir, training.first_step
     _keep_rank_map(training)
     write_whole(output_dir / RUN_CONFIG, training.config_text)
-    _set_newer_aside(training.config, output_dir, emit)
+    _set_newer_aside(training, emit)
     metrics = stack.enter_context(MetricsFile(output_dir / "metrics.jsonl", first_step=first_step))
     board = stack.enter_context(TensorBoard(training.config.log_dir or output_dir / "runs", first_step=first_step))
     return combine(emit, metrics, board, ReportPage(output_dir, emit=combine(emit, metrics)))
@@ -248,14 +248,14 @@ def _keep_rank_map(training: "Run") -> None:
     write_whole(kept, rank_map.content)
 
 
-def _set_newer_aside(config: TrainConfig, output_dir: Path, emit: Emit) -> None:
+def _set_newer_aside(training: "Run", emit: Emit) -> None:
     """Where a run goes on from one of its older checkpoints, keep the newer ones out of the way of its next resume."""
-    if config.resume_from is None:
+    if training.config.resume_from is None:
         return
-    checkpoint = named_folder(config.resume_from)
+    checkpoint, output_dir = named_folder(training.config.resume_from), training.output_dir
     if run_of(checkpoint) == checkpoint or not run_of(checkpoint).samefile(output_dir):
         return
-    for folder in set_aside_newer(output_dir, checkpoint):
+    for folder in set_aside_newer(output_dir, checkpoint, place=training.state.place):
         emit(Notice(text=f"A newer checkpoint of this run is kept as {folder.name}."))
 
 

@@ -1,7 +1,7 @@
 """Where a run keeps what, so that it can be found again without torch."""
 
 import re
-from itertools import count, takewhile
+from itertools import count
 from pathlib import Path
 
 from sidestep.errors import ConfigError, ModelError
@@ -27,12 +27,17 @@ def checkpoint_name(*, epoch: int, step: int, is_epoch_end: bool) -> str:
 
 def checkpoints_in(run: Path) -> list[Path]:
     """Return the checkpoint folders of a run, the newest first."""
+    return [folder for _, folder in _placed_in(run)]
+
+
+def _placed_in(run: Path) -> list[tuple[tuple[int, int], Path]]:
+    """Return the checkpoint folders of a run and their places in it, as they are called; the newest first."""
     found = []
     for folder in (run / CHECKPOINTS).glob("epoch_*"):
         match = _EPOCH.fullmatch(folder.name)
         if match and (folder / STATE_FILE).is_file():
-            found.append((int(match[1]), int(match[2] or 0), folder))
-    return [folder for _, _, folder in sorted(found, reverse=True)]
+            found.append(((int(match[1]), int(match[2] or 0)), folder))
+    return sorted(found, reverse=True)
 
 
 def resume_candidates(path: Path) -> list[Path]:
@@ -52,13 +57,17 @@ def resume_candidates(path: Path) -> list[Path]:
     )
 
 
-def set_aside_newer(run: Path, checkpoint: Path) -> list[Path]:
+def set_aside_newer(run: Path, checkpoint: Path, *, place: tuple[int, int]) -> list[Path]:
     """Rename a run's checkpoints that are newer than `checkpoint`, where it now goes on from; returns the new ones.
 
-    They stay readable, but the next resume of the run does not take them for its newest.
+    `place`: the checkpoint's whole epochs, and its step within the next one or 0; its folder may be called anything by
+    now. Another one of the same place counts as newer. They stay readable, but the next resume of the run does not take
+    them for its newest.
     """
     aside = []
-    for newer in takewhile(lambda folder: not folder.samefile(checkpoint), checkpoints_in(run)):
+    for its_place, newer in _placed_in(run):
+        if its_place < place or newer.samefile(checkpoint):
+            continue
         numbers = (f"superseded_{newer.name}" + (f"_{n}" if n else "") for n in count())
         target = next(newer.with_name(name) for name in numbers if not newer.with_name(name).exists())
         move(newer, target)

@@ -19,6 +19,11 @@ class TrainState:
     epochs_since_best: int = 0
     processes: int = 1
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """The whole epochs, and the step within the next one or 0: the order of a run's checkpoints."""
+        return self.epoch, self.step if self.batch else 0
+
     def finish_epoch(self) -> float:
         """Move on to the next epoch and return the mean loss of the one that ended."""
         mean = self.epoch_loss_sum / max(1, self.epoch_steps)

@@ -73,6 +73,12 @@ def test_an_older_checkpoint_that_is_named_by_its_state_file_sets_the_newer_ones
     assert (run / CHECKPOINTS / "superseded_epoch_2").is_dir()
 
 
+def test_one_that_was_set_aside_is_gone_on_from_and_leaves_the_older_ones(run: Path):
+    aside = (run / CHECKPOINTS / "epoch_2").rename(run / CHECKPOINTS / "superseded_epoch_2")
+    assert go_on(aside, "--epochs", "3") == 0
+    assert names(run) == ["epoch_3", "epoch_1"]
+
+
 def test_a_checkpoint_that_was_copied_into_any_folder_called_checkpoints_goes_on_in_itself(tmp_path: Path, run: Path):
     copied = tmp_path / "home" / CHECKPOINTS / "epoch_1"
     shutil.copytree(run / CHECKPOINTS / "epoch_1", copied)

@@ -33,18 +33,26 @@ def test_the_newest_checkpoint_comes_first_also_within_an_epoch(tmp_path: Path):
 
 def test_going_on_from_an_older_checkpoint_keeps_the_newer_ones_out_of_the_way(tmp_path: Path):
     older, newer, newest = make(tmp_path, "epoch_2", "epoch_4", "epoch_6")
-    aside = set_aside_newer(tmp_path, older)
+    aside = set_aside_newer(tmp_path, older, place=(2, 0))
     assert [folder.name for folder in aside] == ["superseded_epoch_6", "superseded_epoch_4"]
     assert checkpoints_in(tmp_path) == [older]
     assert not newer.exists() and not newest.exists()
     assert resume_candidates(aside[0]) == [aside[0]], "what was set aside can still be resumed by name"
     make(tmp_path, "epoch_4")
-    assert [folder.name for folder in set_aside_newer(tmp_path, older)] == ["superseded_epoch_4_1"]
+    assert [folder.name for folder in set_aside_newer(tmp_path, older, place=(2, 0))] == ["superseded_epoch_4_1"]
+
+
+def test_going_on_from_one_that_was_set_aside_keeps_those_before_it(tmp_path: Path):
+    make(tmp_path, "epoch_4", "epoch_20", "epoch_20_step_99", "epoch_3_step_9", "superseded_epoch_20")
+    chosen = tmp_path / CHECKPOINTS / "superseded_epoch_20"
+    aside = set_aside_newer(tmp_path, chosen, place=(20, 0))
+    assert [folder.name for folder in aside] == ["superseded_epoch_20_step_99", "superseded_epoch_20_1"]
+    assert [folder.name for folder in checkpoints_in(tmp_path)] == ["epoch_4", "epoch_3_step_9"]
 
 
 def test_the_newest_checkpoint_sets_nothing_aside(tmp_path: Path):
     _, newest = make(tmp_path, "epoch_2", "epoch_4")
-    assert set_aside_newer(tmp_path, newest) == []
+    assert set_aside_newer(tmp_path, newest, place=(4, 0)) == []
 
 
 @pytest.mark.parametrize("ending", ["", "_best", "_ema"])
