@@ -5,13 +5,14 @@ Imports nothing that takes time: `--help` and a mistyped flag answer at once.
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from sidestep.commands.processes import joined_processes
 from sidestep.config.flags import GlobalConfig, Typed, parse, parser
 from sidestep.config.processes import Processes
 from sidestep.config.settings import build, parse_values, settings_of
-from sidestep.errors import EXIT_BUG, ElsewhereError, SidestepError
+from sidestep.errors import EXIT_BUG, ElsewhereError, RunError, SidestepError
 from sidestep.ui.wording import tolerate_unprintable
 
 EXIT_USAGE = 2
@@ -26,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tolerate_unprintable(stream)
     try:
         typed = parse(words)
+        _check_current_folder()
         with joined_processes(typed.command or "The wizard", trains=typed.command in _TRAINING) as processes:
             return _dispatch(typed, processes)
     except ElsewhereError as error:
@@ -44,6 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         show_bug(error, stream=sys.stderr, plain=plain)
         return EXIT_BUG
+
+
+def _check_current_folder() -> None:
+    """Raise RunError where the folder that was gone into was deleted since: torch cannot even be loaded there."""
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise RunError("The current folder was deleted.", hint="Go to another one (cd), then run it again.") from error
 
 
 def _show(error: SidestepError, *, plain: bool) -> int:

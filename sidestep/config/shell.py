@@ -35,12 +35,20 @@ def _uv_runs_it() -> bool:
     And only in Side-Step's own folder: from another one it finds neither the script nor the environment.
     """
     is_installed = bool(os.environ.get(START_VARIABLE)) or Path(sys.prefix, MARK).is_file()
-    return not is_installed and Path.cwd() == SCRIPT.parent
+    return not is_installed and _here() == SCRIPT.parent
 
 
 def _from_here(path: Path) -> str:
-    here = Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+    here = _here()
+    return str(path.relative_to(here) if here and path.is_relative_to(here) else path)
+
+
+def _here() -> Path | None:
+    """Return the current folder; None where it was deleted meanwhile."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        return None
 
 
 def shell_line(words: Iterable[object], *, is_windows: bool = os.name == "nt") -> str:

@@ -106,6 +106,15 @@ def test_from_any_folder_programs_are_found(
     assert (words[0], words[-1]) == (str(installed / "bin" / "torchrun"), str(installed.parent / "train.py"))
 
 
+def test_commands_name_whole_paths_where_the_current_folder_was_deleted(
+    installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert start_words() == (str(installed / "bin" / "python"), str(installed.parent / "train.py"))
+
+
 def test_an_image_that_names_its_launcher_has_the_programs_beside_python(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SIDESTEP_START", "side-step")
     (path,) = program_words("torchrun")

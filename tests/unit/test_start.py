@@ -99,6 +99,19 @@ def test_a_python_without_torch_is_told_how_to_get_it(tmp_path: Path):
     assert "torch is not installed here." in errors and "install" in errors.split("\n")[1]
 
 
+def test_a_current_folder_that_was_deleted_is_said_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.setattr("platformdirs.user_log_path", lambda *names, **more: tmp_path)
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["doctor"]) == 1
+    close_log()
+    error = capsys.readouterr().err
+    assert "The current folder was deleted." in error and "cd" in error
+
+
 def test_an_error_of_our_own_is_told_as_one_and_exits_with_70(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr("sidestep.main.parse", lambda words: 1 / 0)
     monkeypatch.setattr("platformdirs.user_log_path", lambda *names, **more: tmp_path)
