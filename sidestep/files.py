@@ -3,6 +3,8 @@
 import errno
 import logging
 import os
+import secrets
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -33,7 +35,8 @@ def write_whole(path: Path, content: bytes | str) -> None:
     The folder is made if need be. RunError when the disk is full or the folder cannot be written; what was there
     before stays, and nothing half-written is left.
     """
-    temporary = path.with_name(f".{path.name}.writing")
+    # A name of its own: two processes may write the same file at once, and the last one wins.
+    temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}.writing")
     data = content.encode("utf-8") if isinstance(content, str) else content
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,6 +50,15 @@ def write_whole(path: Path, content: bytes | str) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what a process that was killed left half-written in a folder that is locked against all others."""
+    for path in folder.glob(".*.writing"):
+        try:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        except OSError as error:
+            logger.warning("%s is left over and cannot be removed: %s", path, error)
 
 
 def move(source: Path, target: Path) -> None:

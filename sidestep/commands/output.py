@@ -2,11 +2,12 @@
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
+from sidestep.config.runs import CHECKPOINTS
 from sidestep.errors import ConfigError, SidestepError
-from sidestep.files import cannot_write, held_alone
+from sidestep.files import cannot_write, clear_unfinished, held_alone
 from sidestep.ui.problems import LOG_NAME, close_log, open_log
 
 WAIT = 10  # Seconds; the processes that read songs outlive a run that was killed by five, and hold its lock.
@@ -33,13 +34,20 @@ def log_in(folder: Path) -> Iterator[None]:
         raise
 
 
-def alone_in(folder: Path) -> AbstractContextManager[None]:
-    """Keep other runs out of this folder, whose log is open and is what is locked; ConfigError where one is at work."""
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other runs out of this folder, whose log is open and is what is locked; ConfigError where one is at work.
+
+    What a run that was killed left half-written there is removed.
+    """
     taken = ConfigError(
         f"Another run is writing to {folder}.",
         hint="Wait until it is done, stop it with Ctrl-C there, or choose another --output-dir.",
     )
-    return held_alone(folder / LOG_NAME, taken=taken, wait=WAIT)
+    with held_alone(folder / LOG_NAME, taken=taken, wait=WAIT):
+        for each in (folder, folder / CHECKPOINTS):
+            clear_unfinished(each)
+        yield
 
 
 def _check_writable(folder: Path) -> None:

@@ -19,7 +19,7 @@ from sidestep.data.audio import probe
 from sidestep.data.dataset_file import Dataset, Track
 from sidestep.errors import DataError, RunError
 from sidestep.events import Emit
-from sidestep.files import held_alone
+from sidestep.files import clear_unfinished, held_alone
 from sidestep.model.checkpoint import Checkpoint, check_encoders
 from sidestep.model.device import free_memory, full_memory_alike, wide_dtype
 from sidestep.model.loading import load_condition_encoder, load_silence_latent, load_text_encoder, load_vae, silence_of
@@ -113,6 +113,7 @@ def preprocess(
     )
     try:
         with _alone_in(output), torch.inference_mode(), full_memory_alike():
+            clear_unfinished(output)
             make_parts_folder(output)
             return _preprocess(run, dataset)
     except torch.OutOfMemoryError as error:

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 
 from sidestep import files
+from sidestep.commands.output import alone_in
+from sidestep.config.runs import CHECKPOINTS
 from sidestep.errors import RunError
 from sidestep.files import WAITS, cannot_write, held_alone, write_whole
 
@@ -59,6 +61,32 @@ def test_a_folder_that_may_not_be_written_is_not_waited_for(tmp_path: Path, monk
     with pytest.raises(RunError, match="cannot be written"):
         write_whole(tmp_path / "song.flac", "new")
     assert other.waited == []
+
+
+def test_two_processes_that_write_one_file_at_once_leave_it_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path, sync = tmp_path / "settings.json", files.os.fsync
+
+    def meanwhile(descriptor: int) -> None:
+        monkeypatch.setattr(files.os, "fsync", sync)
+        write_whole(path, "the other one's, which is longer")
+        sync(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", meanwhile)
+    write_whole(path, "this one's")
+    assert path.read_text() == "this one's"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_run_left_half_written_is_gone_when_the_next_one_starts(tmp_path: Path):
+    left = [tmp_path / ".a1b2c3d4.report.html.writing", tmp_path / CHECKPOINTS / ".epoch_1_step_3.writing"]
+    kept = [tmp_path / ".mine", tmp_path / CHECKPOINTS / "epoch_1"]
+    left[1].mkdir(parents=True)
+    kept[1].mkdir()
+    for path in (left[0], left[1] / "training_state.pt", kept[0]):
+        path.write_text("half")
+    with alone_in(tmp_path):
+        assert not any(path.exists() for path in left)
+        assert all(path.exists() for path in kept)
 
 
 def test_a_path_that_is_too_long_for_windows_is_named_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
