@@ -15,7 +15,7 @@ from sidestep.ui.problems import quiet_libraries
 _READERS = {
     "diffusers": "diffusers: pipe.load_lora_weights({path!r})",
     "comfyui": "ComfyUI: put the file into models/loras",
-    "peft": "ACE-Step's app, PEFT, acestep.cpp: give them the folder",
+    "peft": "{programs}: give them the folder",
     "merged": "Put the folder beside the other models: ACE-Step's app lists names that begin with acestep-v15-",
 }
 
@@ -60,6 +60,11 @@ def run(config: ExportConfig, *, console: Console) -> int:
         rows.append(("name", "ACE-Step's app takes no adapter from a folder with a dot in its name: rename it"))
     if done.remark:
         rows.append(("not for", f"{done.remark} Export it with --to diffusers for that."))
-    rows.append(("use it", _READERS[config.to].format(path=str(config.output))))
+    programs = ["ACE-Step's app", "PEFT"]
+    if "acestep.cpp" in done.read_by:
+        programs.append("acestep.cpp")
+    elif config.to == "peft":
+        rows.append(("acestep.cpp", "cannot use it: it knows no DoRA and no biases (--rank makes a LoRA of a DoRA)"))
+    rows.append(("use it", _READERS[config.to].format(path=str(config.output), programs=", ".join(programs))))
     console.table(f"Exported to {config.output} in {time.monotonic() - started:.0f} s", rows)
     return 0

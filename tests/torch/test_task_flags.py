@@ -183,6 +183,20 @@ def test_a_dot_in_the_name_of_a_folder_for_the_app_is_pointed_out(
         assert ("rename it" in capsys.readouterr().out) is is_said
 
 
+@pytest.mark.parametrize(
+    ("settings", "is_for_it"),
+    [(SETTINGS["lora"], True), (SETTINGS["dora"], False), ({**SETTINGS["lora"], "bias": "all"}, False)],
+)
+def test_an_export_names_acestep_cpp_only_where_it_reads_it(
+    tmp_path: Path, models: Checkpoint, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], is_for_it: bool
+):
+    trained(tmp_path / "run", models, **settings)
+    assert export(models, tmp_path / "run", tmp_path / "out", "--to", "peft", "-M", "base") == 0
+    said = capsys.readouterr().out
+    assert ("ACE-Step's app, PEFT, acestep.cpp: give them" in said) is is_for_it
+    assert ("it knows no DoRA and no biases" in said) is not is_for_it
+
+
 @pytest.mark.parametrize("output", [".", "..", "below/.."])
 def test_an_export_takes_no_folder_without_a_name(
     tmp_path: Path, models: Checkpoint, adapter: Path, monkeypatch: pytest.MonkeyPatch, output: str
