@@ -119,7 +119,8 @@ class RankMap:
         if self.origin.recipe != recipe:
             raise DataError(
                 f"{source} was made for another objective ({self.origin.objective}).",
-                hint=f"{AGAIN} Timesteps, condition dropout and weighting must be the same.",
+                hint=f"{AGAIN} Give it this run's --recipe, --timestep-mode, --shift, --cfg-ratio, --loss-weighting "
+                "and --snr-gamma as well.",
             )
 
 

@@ -1,7 +1,8 @@
 """rank_map.json: written whole, read strictly, refused where it does not belong."""
 
 import json
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from sidestep.config.rank_map import (
     write_rank_map,
 )
 from sidestep.config.recipe import Recipe, resolve_recipe
+from sidestep.config.settings import flag_of
 from sidestep.config.train import TrainConfig
 from sidestep.errors import DataError, ModelError
 
@@ -83,8 +85,10 @@ def test_a_map_of_another_model_other_songs_or_another_objective_is_refused(writ
         rank_map.check_fits(**{**fits, "model": "sha256:n"}, source=written)
     with pytest.raises(DataError, match="made for other songs"):
         rank_map.check_fits(**{**fits, "dataset": "e"}, source=written)
-    with pytest.raises(DataError, match="made for another objective"):
+    with pytest.raises(DataError, match="made for another objective") as caught:
         rank_map.check_fits(**{**fits, "recipe": "sha256:s"}, source=written)
+    numbers = {field.name for field in fields(Recipe)} - {"name"}  # All that an objective is told apart by.
+    assert {"--recipe", *map(flag_of, numbers)} <= set(re.findall(r"--[a-z-]+", caught.value.hint))
 
 
 def test_damaged_maps_are_refused_with_a_way_out(written: Path, tmp_path: Path):
