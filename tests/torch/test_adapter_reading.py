@@ -196,6 +196,14 @@ def test_a_lora_that_does_not_fit_is_refused_and_nothing_is_changed(tmp_path: Pa
     assert_unchanged(adapter, before)
 
 
+def test_a_lora_with_other_modules_points_to_the_settings_and_the_rank_map_that_chose_them(tmp_path: Path):
+    train_and_write(tmp_path, "lora", targets=ATTENTION_PROJECTIONS)
+    with pytest.raises(ModelError, match="which this run does not train") as caught:
+        attach(tiny_decoder(), "lora", targets=("q_proj",)).read(tmp_path)
+    assert "--target-modules" in caught.value.hint
+    assert "--rank-map" in caught.value.hint
+
+
 def test_a_larger_rank_is_refused(tmp_path: Path):
     train_and_write(tmp_path, "lora", rank=4)
     with pytest.raises(ModelError, match="in that adapter") as caught:

@@ -98,7 +98,8 @@ class LoraAdapter:
         if foreign:
             raise ModelError(
                 f"{folder} holds {foreign[0]}, which this run does not train ({len(foreign)} such tensors).",
-                hint="Set --target-modules, --attention-type and --bias as they were for that adapter.",
+                hint="Set --target-modules, --attention-type and --bias as they were for that adapter. Where it was "
+                "trained with a rank map, give that one: --rank-map FILE.",
             )
         touched = {_module_of(name) for name in tensors}
         missing = [name for name in self.parameters if _module_of(name) in touched and name not in tensors]
