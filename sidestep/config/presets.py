@@ -33,13 +33,17 @@ def preset_names() -> dict[str, Path]:
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """Return the settings of a preset, parsed; ConfigError for an unknown preset, an unknown key or a wrong value."""
+    """Return the settings of a preset, parsed; ConfigError for an unknown preset, an unknown key or a wrong value.
+
+    A name with spaces is the preset that was saved under it.
+    """
     presets = preset_names()
-    if name not in presets:
+    stem = name if name in presets else _stem(name)
+    if stem not in presets:
         near = difflib.get_close_matches(name, presets, n=1)
         guess = f" (did you mean {near[0]}?)" if near else ""
         raise ConfigError(f"There is no preset '{name}'{guess}.", hint=f"There are: {', '.join(sorted(presets))}.")
-    content = _read_json(presets[name])
+    content = _read_json(presets[stem])
     values = {key: value for key, value in content.items() if key not in ("name", "description")}
     parsed = parse_values(TrainConfig, values, source=f"Preset {name}")
     foreign = sorted(key for key in parsed if not _settings()[key].in_presets)
@@ -68,7 +72,7 @@ def own_preset_path(name: str) -> Path:
     stem = name.strip()
     if not stem or FORBIDDEN & set(stem) or ".." in stem or stem.lower() in DEVICE_NAMES or stem != stem.strip("."):
         raise ConfigError(f"'{name}' cannot be the name of a preset.", hint="Use letters, digits, - and _.")
-    return preset_folders()[0] / f"{stem.replace(' ', '_')}.json"
+    return preset_folders()[0] / f"{_stem(name)}.json"
 
 
 def save_preset(name: str, config: TrainConfig, *, description: str = "", without: Collection[str] = ()) -> Path:
@@ -119,6 +123,10 @@ def is_run_config(path: Path) -> bool:
     except (ConfigError, OSError):
         return False
     return "recipe" in content and "settings" in content
+
+
+def _stem(name: str) -> str:
+    return name.strip().replace(" ", "_")
 
 
 def _settings() -> dict[str, Any]:

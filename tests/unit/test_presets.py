@@ -164,6 +164,17 @@ def test_a_name_that_no_file_can_have_is_refused(name: str):
         save_preset(name, config())
 
 
+def test_a_preset_is_read_by_the_name_it_was_saved_under():
+    save_preset("Größe für 8 GB", config(rank=5))
+    assert read_preset("Größe für 8 GB") == read_preset("Größe_für_8_GB") == {"rank": 5}
+
+
+def test_a_preset_file_with_spaces_in_its_name_wins_over_one_with_underscores(own_folder: Path):
+    write(own_folder, "my preset", {"rank": 6})
+    write(own_folder, "my_preset", {"rank": 7})
+    assert (read_preset("my preset"), read_preset("my_preset")) == ({"rank": 6}, {"rank": 7})
+
+
 def test_a_runs_config_is_read_back_as_it_was(tmp_path: Path):
     before = config(rank=24, learning_rate=1 / 3)
     path = tmp_path / "config.json"
