@@ -152,7 +152,7 @@ def _ways(config: TrainConfig, seconds: float) -> Iterator[TrainConfig]:
         yield replace(config, quantize="nf4")
     if seconds > WINDOW:
         yield replace(config, chunk_duration=float(max(WINDOW, round(seconds / 2))))
-    if config.rank > 16:
+    if config.rank > 16 and config.rank_map is None:
         yield replace(config, rank=config.rank // 2, alpha=config.alpha / 2)
 
 

@@ -30,6 +30,13 @@ def test_a_run_that_goes_on_changes_only_what_it_may():
     assert takes_less(replace(config, gradient_checkpointing=True), 240) == "These take less: a smaller model."
 
 
+def test_the_ranks_of_a_map_are_not_halved():
+    """They are the map's: a smaller --rank takes no less memory, and its smaller --alpha changes the training."""
+    small = TrainConfig(quantize="nf4", optimizer_type="adamw8bit")
+    assert [flags_between(small, way) for way in ways_to_take_less(small, 30)] == ["--rank 32 --alpha 64"]
+    assert ways_to_take_less(replace(small, rank_map=Path("rank_map.json")), 30) == []
+
+
 @pytest.mark.parametrize("auto_fit", [True, False])
 def test_auto_fit_goes_down_until_a_step_fits(
     auto_fit: bool, tmp_path: Path, base: Checkpoint, monkeypatch: pytest.MonkeyPatch
