@@ -128,6 +128,13 @@ def _is_held(error: OSError) -> bool:
     return getattr(error, "winerror", None) in HELD_BY_ANOTHER
 
 
+def cannot_read(path: Path, error: OSError) -> RunError:
+    """Return the error for a file or folder of the user's own settings that may not be read."""
+    return RunError(
+        f"{path} cannot be read: {error.strerror}.", hint="Let this user read it. Is HOME the folder of another user?"
+    )
+
+
 def cannot_write(path: Path, error: OSError) -> RunError:
     """Return the error for a file or folder that the system will not let us write."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -10,7 +10,7 @@ import platformdirs
 
 from sidestep.config.shell import SCRIPT, download_line
 from sidestep.errors import ConfigError
-from sidestep.files import write_whole
+from sidestep.files import cannot_read, write_whole
 
 PROJECT = SCRIPT.parent
 CHECKPOINT_VARIABLE = "SIDESTEP_CHECKPOINT_DIR"
@@ -29,12 +29,14 @@ def config_folder() -> Path:
 
 
 def remembered() -> dict[str, str]:
-    """Return what earlier starts remembered; nothing on a new machine."""
+    """Return what earlier starts remembered; nothing on a new machine. RunError where it may not be read."""
     path = config_folder() / "settings.json"
-    if not path.is_file():
-        return {}
     try:
+        if not path.is_file():
+            return {}
         saved = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise cannot_read(path, error) from error
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}.", hint="Mend it or delete it.") from error
     if not isinstance(saved, dict):

@@ -11,7 +11,7 @@ from sidestep.config.recipe import RECIPE_PINS
 from sidestep.config.settings import parse_values, settings_of, values_of
 from sidestep.config.train import TrainConfig
 from sidestep.errors import ConfigError
-from sidestep.files import DEVICE_NAMES, write_whole
+from sidestep.files import DEVICE_NAMES, cannot_read, write_whole
 
 SHIPPED = PROJECT / "presets"
 CONFIG_FORMAT = 1
@@ -25,10 +25,13 @@ def preset_folders() -> tuple[Path, Path]:
 
 
 def preset_names() -> dict[str, Path]:
-    """Return every preset there is and its file."""
+    """Return every preset there is and its file; RunError where a folder may not be read."""
     found: dict[str, Path] = {}
     for folder in reversed(preset_folders()):
-        found |= {path.stem: path for path in sorted(folder.glob("*.json"))}
+        try:
+            found |= {path.stem: path for path in sorted(folder.glob("*.json"))}
+        except OSError as error:
+            raise cannot_read(folder, error) from error
     return found
 
 
@@ -142,6 +145,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}.", hint="Mend it, or save the preset anew.") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.", hint="Let this user read it.") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} does not hold settings.")
     return content

@@ -1,11 +1,15 @@
 """Presets: the shipped ones are sound, the user's own win, and no mistake in one goes unnoticed."""
 
+import errno
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
+from sidestep.commands.train import _remember as remember_checkpoints
+from sidestep.config.places import default_checkpoint_dir
 from sidestep.config.presets import (
     SHIPPED,
     delete_preset,
@@ -23,7 +27,8 @@ from sidestep.config.resolve import resolve_training
 from sidestep.config.runs import STATE_FILE
 from sidestep.config.settings import settings_of
 from sidestep.config.train import TrainConfig
-from sidestep.errors import ConfigError
+from sidestep.errors import ConfigError, RunError
+from sidestep.ui.console import open_console
 from sidestep.ui.machine import PRESETS_BY_MEMORY
 
 PROMISED = {
@@ -167,6 +172,31 @@ def test_a_name_that_no_file_can_have_is_refused(name: str):
 def test_a_preset_is_read_by_the_name_it_was_saved_under():
     save_preset("Größe für 8 GB", config(rank=5))
     assert read_preset("Größe für 8 GB") == read_preset("Größe_für_8_GB") == {"rank": 5}
+
+
+def refuse(path: Path, *words: object, **options: object) -> NoReturn:
+    raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+
+def test_a_preset_that_may_not_be_read_is_no_bug(own_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    write(own_folder, "secret", {"rank": 6})
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(ConfigError, match=r"secret\.json cannot be read: Permission denied\."):
+        read_preset("secret")
+
+
+def test_a_settings_folder_that_may_not_be_opened_is_no_bug_and_no_reason_not_to_train(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(Path, "is_file", refuse)
+    monkeypatch.setattr(Path, "glob", refuse)
+    with pytest.raises(RunError, match="presets cannot be read: Permission denied") as caught:
+        preset_names()
+    assert "HOME" in caught.value.hint
+    with pytest.raises(RunError, match=r"settings\.json cannot be read"):
+        default_checkpoint_dir()
+    remember_checkpoints(Path("models"), open_console(plain=True))
+    assert "The next start will not know this checkpoint folder" in capsys.readouterr().out
 
 
 def test_a_preset_file_with_spaces_in_its_name_wins_over_one_with_underscores(own_folder: Path):
