@@ -15,6 +15,7 @@ import numpy as np
 from sidestep.errors import ModelError
 
 DOWNLOAD_AGAIN = "Download this checkpoint again: the file is incomplete or was changed."
+LET_READ = "Let this user read it; another one may have downloaded it."
 _LARGEST_HEADER = 100_000_000  # Bytes; the limit of the safetensors format.
 _SHOWN = 5
 _PORTION = 100_000_000  # Bytes.
@@ -50,6 +51,8 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ModelError(f"{path} is missing.", hint="Download this checkpoint again: it is incomplete.") from error
+    except PermissionError as error:
+        raise ModelError(f"{path} may not be read: {error.strerror}.", hint=LET_READ) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ModelError(f"{path} cannot be read: {error}.", hint=DOWNLOAD_AGAIN) from error
     if not isinstance(content, dict):
@@ -86,6 +89,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             if len(start) < 8 or length > min(_LARGEST_HEADER, size - 8):
                 raise ModelError(f"{file} is truncated or no safetensors file.", hint=DOWNLOAD_AGAIN)
             header = json.loads(stream.read(length))
+    except PermissionError as error:
+        raise ModelError(f"{file} may not be read: {error.strerror}.", hint=LET_READ) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ModelError(f"{file} cannot be read as safetensors: {error}.", hint=DOWNLOAD_AGAIN) from error
     try:
