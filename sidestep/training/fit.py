@@ -70,6 +70,7 @@ def assemble_fitting(config: TrainConfig, *, emit: Emit, processes: Processes = 
 
     NoRoomError when it does not fit, or nothing is left to change.
     """
+    run = None
     while True:
         try:
             run = assemble(config, emit=emit, processes=processes, **parts)
@@ -78,9 +79,13 @@ def assemble_fitting(config: TrainConfig, *, emit: Emit, processes: Processes = 
         except NoRoomError as error:
             if not isinstance(error, NoRoomElsewhereError):
                 processes.meet(Word.NO_ROOM)
-            longest = config.chunk_duration or config.max_duration
+            if not config.auto_fit:
+                raise
+            # Where a model alone was too large, nobody knows yet how long the songs are.
+            longest = run.longest_seconds if run else config.chunk_duration or config.max_duration
+            longest = float(processes.text_of_first(str(longest)))
             smaller = next(iter(ways_to_take_less(config, longest)), None)
-            if not config.auto_fit or smaller is None:
+            if smaller is None:
                 raise
             emit(Notice(text=f"That does not fit; trying with {flags_between(config, smaller)}.", level="warning"))
             config = smaller

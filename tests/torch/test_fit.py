@@ -37,6 +37,36 @@ def test_the_ranks_of_a_map_are_not_halved():
     assert ways_to_take_less(replace(small, rank_map=Path("rank_map.json")), 30) == []
 
 
+def test_auto_fit_cuts_no_windows_for_songs_that_are_shorter(
+    tmp_path: Path, base: Checkpoint, monkeypatch: pytest.MonkeyPatch
+):
+    tried: list[TrainConfig] = []
+
+    def measure(run: Run) -> Fit:
+        tried.append(run.config)
+        raise NoRoomError("too small")
+
+    monkeypatch.setattr(fit, "measure", measure)
+    config = tiny_config(
+        gradient_checkpointing=True, quantize="int8", optimizer_type="adafactor", rank=32, max_duration=240.0,
+        auto_fit=True,
+    )  # fmt: skip
+    with pytest.raises(NoRoomError):
+        assemble_fitting(
+            config,
+            emit=lambda event: None,
+            recipe_name="fixed",
+            checkpoint=base,
+            dataset_dir=write_songs(tmp_path / "songs", base, (50,)),
+            output_dir=tmp_path / "run",
+            run_name="run",
+            version="0",
+        )
+    assert [(each.quantize, each.rank, each.chunk_duration) for each in tried] == [
+        ("int8", 32, 0), ("nf4", 32, 0), ("nf4", 16, 0),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("auto_fit", [True, False])
 def test_auto_fit_goes_down_until_a_step_fits(
     auto_fit: bool, tmp_path: Path, base: Checkpoint, monkeypatch: pytest.MonkeyPatch
@@ -61,7 +91,7 @@ def test_auto_fit_goes_down_until_a_step_fits(
         "version": "0",
     }
     if not auto_fit:
-        with pytest.raises(NoRoomError):
+        with pytest.raises(NoRoomError, match="too small"):
             assemble_fitting(config, emit=events.append, **parts)
         return
     run = assemble_fitting(config, emit=events.append, **parts)
