@@ -44,7 +44,10 @@ def is_like(run: FoundRun, config: TrainConfig) -> bool:
 
 
 def _whole(value: Any) -> Any:
-    return value.resolve() if isinstance(value, Path) else value
+    """Return what makes two values the same: of a file its content, as a run keeps a copy of its rank map."""
+    if not isinstance(value, Path):
+        return value
+    return value.read_bytes() if value.is_file() else value.resolve()
 
 
 def _as_before(run: FoundRun, pace: Pace, steps: int) -> Facts:
