@@ -19,7 +19,8 @@ class Interrupts:
     """While open, the first signal sets `is_requested` and the second raises KeyboardInterrupt.
 
     Where `can_be_repeated`, a second one means no more than the first: a launcher passes on what a job manager has sent
-    to every process already, and kills what does not end by itself. A closed terminal is told more than once, too.
+    to every process already, and kills what does not end by itself. So it is once the terminal is closed: a machine
+    that is shut down tells both, more than once, and nobody is left to press Ctrl-C.
     """
 
     def __init__(self, emit: Emit, *, can_be_repeated: bool = False) -> None:
@@ -42,11 +43,11 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        is_closing = signal.Signals(number).name == "SIGHUP"
-        if is_closing:
+        if signal.Signals(number).name == "SIGHUP":
             _let_go_of_terminal()
+            self._can_be_repeated = True
         if self._is_requested:
-            if self._can_be_repeated or is_closing:
+            if self._can_be_repeated:
                 return
             # What is cut off half-made fails once more while it is taken down; that is nothing to read.
             sys.unraisablehook = lambda unraisable: None

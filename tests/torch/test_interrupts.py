@@ -164,3 +164,13 @@ def test_a_closed_terminal_that_is_told_twice_does_not_cut_off_the_saving():
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGHUP):
             os.kill(os.getpid(), number)
         assert interrupts.is_requested()
+
+
+def test_a_machine_that_is_shut_down_closes_the_terminal_and_does_not_cut_off_the_saving():
+    with Interrupts(lambda event: None) as interrupts:
+        try:
+            for number in (signal.SIGHUP, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+        except KeyboardInterrupt:
+            pytest.fail("It stopped at once.")
+        assert interrupts.is_requested()
