@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -25,6 +26,8 @@ IS_WINDOWS = os.name == "nt"
 LOCKED_BY_ANOTHER = (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)
 _BEYOND = 2**30  # The byte that Windows locks, which nobody can read then: nothing is ever written there.
 WINDOWS_LONGEST_PATH = 259
+# Temporary names of files and of checkpoints; no file of the user's is called so.
+_UNFINISHED = re.compile(r"\.([0-9a-f]{8}|epoch_\d+(_step_\d+)?)\.writing")
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +38,9 @@ def write_whole(path: Path, content: bytes | str) -> None:
     The folder is made if need be. RunError when the disk is full or the folder cannot be written; what was there
     before stays, and nothing half-written is left.
     """
-    # A name of its own: two processes may write the same file at once, and the last one wins.
-    temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}.writing")
+    # A name of its own: two processes may write the same file at once, and the last one wins. A short one: what Windows
+    # takes of `path`, it takes of this.
+    temporary = path.with_name(f".{secrets.token_hex(4)}.writing")
     data = content.encode("utf-8") if isinstance(content, str) else content
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,6 +59,8 @@ def write_whole(path: Path, content: bytes | str) -> None:
 def clear_unfinished(folder: Path) -> None:
     """Remove what a process that was killed left half-written in a folder that is locked against all others."""
     for path in folder.glob(".*.writing"):
+        if not _UNFINISHED.fullmatch(path.name):
+            continue
         try:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         except OSError as error:

@@ -60,7 +60,7 @@ def remove_parts(folder: Path, name: str = "") -> None:
             _path(folder, name).unlink(missing_ok=True)
             return
         for path in parts.iterdir():
-            if path.name.endswith((SUFFIX, f"{SUFFIX}.writing")):
+            if path.name.endswith((SUFFIX, ".writing")):
                 path.unlink()
         if not any(parts.iterdir()):
             parts.rmdir()

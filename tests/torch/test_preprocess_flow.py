@@ -117,7 +117,7 @@ def test_an_interrupted_run_of_overlapping_songs_leaves_nothing_partial_and_goes
             run(dataset, tmp_path / "tensors", checkpoint, flow=OVERLAPPED)
     assert not list((tmp_path / "tensors").rglob("*.writing"))
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("preprocess")]
-    (tmp_path / "tensors" / ".a1b2c3d4.song.pt.writing").write_text("what a killed run leaves")
+    (tmp_path / "tensors" / ".a1b2c3d4.writing").write_text("what a killed run leaves")
     result, _ = run(dataset, tmp_path / "tensors", checkpoint, flow=OVERLAPPED)
     assert not list((tmp_path / "tensors").rglob("*.writing"))
     assert result.done + result.unchanged == len(NAMES)

@@ -78,15 +78,21 @@ def test_two_processes_that_write_one_file_at_once_leave_it_whole(tmp_path: Path
 
 
 def test_what_a_killed_run_left_half_written_is_gone_when_the_next_one_starts(tmp_path: Path):
-    left = [tmp_path / ".a1b2c3d4.report.html.writing", tmp_path / CHECKPOINTS / ".epoch_1_step_3.writing"]
-    kept = [tmp_path / ".mine", tmp_path / CHECKPOINTS / "epoch_1"]
+    left = [tmp_path / ".a1b2c3d4.writing", tmp_path / CHECKPOINTS / ".epoch_1_step_3.writing"]
+    kept = [tmp_path / ".my book.writing", tmp_path / "epoch_1.writing", tmp_path / CHECKPOINTS / "epoch_1"]
     left[1].mkdir(parents=True)
-    kept[1].mkdir()
-    for path in (left[0], left[1] / "training_state.pt", kept[0]):
+    for folder in (kept[0], kept[2]):
+        folder.mkdir()
+    for path in (left[0], left[1] / "training_state.pt", kept[0] / "mine", kept[1]):
         path.write_text("half")
     with alone_in(tmp_path):
         assert not any(path.exists() for path in left)
         assert all(path.exists() for path in kept)
+
+
+def test_a_file_with_the_longest_name_there_is_is_written(tmp_path: Path):
+    write_whole(tmp_path / ("a" * 255), "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["a" * 255]
 
 
 def test_a_path_that_is_too_long_for_windows_is_named_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
