@@ -27,7 +27,7 @@ REPAIR = "Correct it in a text editor, or make it again."
 FILE_COLUMNS = ("file", "filename", "file_name")
 # Fields that may go over several lines of a `song.txt`.
 LONG_FIELDS = ("caption", "genre", "lyrics")
-_KEY_LINE = re.compile(r"\s*([A-Za-z][A-Za-z _-]*):(.*)")
+_KEY_LINE = re.compile(r"\s*([A-Za-z][A-Za-z\s_-]*):(.*)")
 _BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
 Fields = dict[str, object]

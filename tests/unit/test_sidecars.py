@@ -84,6 +84,12 @@ def test_aliases(alias: str, field: str) -> None:
     assert read_fields_or_lyrics(f"{alias}: 7")[0] == {field: "7"}
 
 
+@pytest.mark.parametrize("space", ["", " ", "\t", "\u00a0"])
+def test_the_colon_may_stand_apart_from_the_name_of_a_field(space: str) -> None:
+    fields = {"bpm": "120", "caption": "soft"}
+    assert read_fields_or_lyrics(f"bpm{space}: 120\ncaption{space}: soft") == (fields, [])
+
+
 def test_one_line_that_may_be_a_caption_is_remarked_on(tmp_path: Path) -> None:
     put(tmp_path, song__txt="a warm lofi beat with vinyl crackle")
     fields, remarks = read(tmp_path)
