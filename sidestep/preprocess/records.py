@@ -87,20 +87,20 @@ def _check_same_dataset(path: Path, dataset: Dataset, record: _Record, gone: Seq
         return
     if not any((path / file).is_file() for file in record.songs):
         return  # None of its songs could be used, or it was stopped before: nothing would be lost.
-    if gone or _has_namesakes(Path(record.audio_dir), dataset):
+    if gone or _has_namesakes_alone(Path(record.audio_dir), dataset):
         raise DataError(
             f"{path} holds the tensors of other songs: those in {record.audio_dir}.",
             hint="Choose another --tensor-output, or delete the tensor files there first.",
         )
 
 
-def _has_namesakes(folder: Path, dataset: Dataset) -> bool:
-    """Whether a song in `folder` has the name of one of the dataset, and is another."""
-    for track in dataset.tracks:
-        namesake = folder / track.name
-        if namesake.is_file() and not filecmp.cmp(namesake, track.audio_path):
-            return True
-    return False
+def _has_namesakes_alone(folder: Path, dataset: Dataset) -> bool:
+    """Whether songs in `folder` have names of the dataset's and all are others: in a copy some were only mended.
+
+    One song that is the same settles it: a copy of a large folder is not read as a whole.
+    """
+    namesakes = [(folder / track.name, track.audio_path) for track in dataset.tracks if (folder / track.name).is_file()]
+    return bool(namesakes) and not any(filecmp.cmp(*pair) for pair in namesakes)
 
 
 def _warn(emit: Emit, files: Sequence[str], what: str) -> None:

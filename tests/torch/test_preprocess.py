@@ -225,6 +225,16 @@ def test_a_folder_of_another_dataset_is_left_alone_but_a_moved_one_goes_on(
     assert run(moved, tmp_path / "tensors", checkpoint)[0].unchanged == 1
 
 
+def test_a_copied_folder_goes_on_after_one_of_its_songs_was_mended(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    dataset = make_dataset(tmp_path / "songs", "a.wav", "b.wav")
+    run(dataset, tmp_path / "tensors", checkpoint)
+    shutil.copytree(tmp_path / "songs", tmp_path / "copied")
+    write_song(tmp_path / "copied" / "a.wav", hertz=550.0)
+    tracks = tuple(replace(track, audio_path=tmp_path / "copied" / track.name) for track in dataset.tracks)
+    copied = Dataset(folder=tmp_path / "copied", tracks=tracks, name="songs")
+    assert run(copied, tmp_path / "tensors", checkpoint)[0] == PreprocessResult(1, 1, 0, 0)
+
+
 def test_a_folder_in_which_no_song_of_another_dataset_became_a_tensor_is_free(
     tmp_path: Path, checkpoint: Checkpoint
 ) -> None:
