@@ -15,6 +15,8 @@ from sidestep.data.audio import AUDIO_SUFFIXES, find_audio
 from sidestep.errors import DataError
 
 QUOTES = "'\""
+# A quote within a quoted word, as shells and terminals write it.
+ESCAPED_QUOTES = (r"\'", r"\"", """'"'"'""")
 
 
 def read_path(text: str, *, is_windows: bool = os.name == "nt") -> Path:
@@ -35,15 +37,19 @@ def read_path(text: str, *, is_windows: bool = os.name == "nt") -> Path:
 
 
 def _without_quotes(text: str, *, is_windows: bool) -> str:
-    """What stands in the quotes that a path begins with, also where a shell's word has several: 'it'\\''s'."""
-    if not is_windows and text[:1] in QUOTES:
+    """What stands in the quotes that a path begins with, also where a shell's word has several: 'it'\\''s'.
+
+    An apostrophe that no shell escaped is one of the name: 'Rock 'n' Roll'.
+    """
+    is_quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in QUOTES
+    is_word = not is_quoted or any(escaped in text for escaped in ESCAPED_QUOTES)
+    if is_word and not is_windows and text[:1] in QUOTES:
         try:
             words = shlex.split(text)
-        except ValueError:  # The apostrophe of a name: 'it's'.
+        except ValueError:  # The apostrophe of a name: 'it's'/.
             words = []
         if len(words) == 1:
             return words[0]
-    is_quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in QUOTES
     return text[1:-1] if is_quoted else text
 
 

@@ -143,6 +143,7 @@ def test_turbo_needs_no_repository_beside_the_main_one():
         (r"'/dragged/it'\''s mine'", Path("/dragged/it's mine")),
         ("""'/copied/it'"'"'s mine'/""", Path("/copied/it's mine")),
         ("'it's mine'", Path("it's mine")),
+        ("'Rock 'n' Roll'", Path("Rock 'n' Roll")),
         ("it's mine", Path("it's mine")),
         ("~/x", Path.home() / "x"),
         (r"/dragged/my\ songs\ \(1\) ", Path("/dragged/my songs (1)")),
