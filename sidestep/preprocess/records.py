@@ -100,7 +100,14 @@ def _has_namesakes_alone(folder: Path, dataset: Dataset) -> bool:
     One song that is the same settles it: a copy of a large folder is not read as a whole.
     """
     namesakes = [(folder / track.name, track.audio_path) for track in dataset.tracks if (folder / track.name).is_file()]
-    return bool(namesakes) and not any(filecmp.cmp(*pair) for pair in namesakes)
+    return bool(namesakes) and not any(_are_same(*pair) for pair in namesakes)
+
+
+def _are_same(one: Path, other: Path) -> bool:
+    try:
+        return filecmp.cmp(one, other)
+    except OSError:  # What may not be read is not known to be the same.
+        return False
 
 
 def _warn(emit: Emit, files: Sequence[str], what: str) -> None:

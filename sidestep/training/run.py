@@ -248,4 +248,5 @@ def _is_kept(run: Run) -> bool:
 
 
 def _saved(run: Run) -> str:
-    return f" What was done is saved: {resume_command(run)}" if run.state.step > run.first_step else ""
+    # An indented line is left in one piece on the screen.
+    return f" What was done is saved:\n  {resume_command(run)}" if run.state.step > run.first_step else ""

@@ -1,7 +1,6 @@
 """From songs to a folder of tensors: deterministic, incremental, song by song, never half-written."""
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from sidestep.data.dataset_file import Dataset, Track
 from sidestep.errors import DataError, ModelError, RunError
-from sidestep.events import Notice, StageDone, StageStarted, TrackDone, TrackSkipped
+from sidestep.events import StageDone, StageStarted, TrackDone, TrackSkipped
 from sidestep.files import held_alone
 from sidestep.model.checkpoint import Checkpoint, encoder_fingerprint, find_checkpoint
 from sidestep.preprocess import run as run_module
@@ -172,78 +171,6 @@ def test_another_precision_is_stored_and_makes_other_tensors(tmp_path: Path, che
     sample = read_sample(tmp_path / "tensors" / tensor_name("a.wav"))
     tensors = (sample.target_latents, sample.encoder_hidden_states, sample.context_latents)
     assert [tensor.dtype for tensor in tensors] == [torch.bfloat16] * 3
-
-
-def test_vanished_songs_leave_the_manifest_and_foreign_files_stay(tmp_path: Path, checkpoint: Checkpoint) -> None:
-    dataset = make_dataset(tmp_path / "songs", "a.wav", "b.wav")
-    run(dataset, tmp_path / "tensors", checkpoint)
-    (tmp_path / "tensors" / "notes.txt").write_text("mine")
-    (tmp_path / "tensors" / "foreign.pt").write_text("not ours")
-    result, events = run(replace(dataset, tracks=dataset.tracks[1:]), tmp_path / "tensors", checkpoint)
-    assert result == PreprocessResult(done=0, unchanged=1, skipped=0, removed=1)
-    assert sample_paths(tmp_path / "tensors") == [tmp_path / "tensors" / tensor_name("b.wav")]
-    names = {path.name for path in (tmp_path / "tensors").iterdir()} - {LOCK_NAME}
-    assert names == {tensor_name("b.wav"), "foreign.pt", "notes.txt", "manifest.json", "preprocess_meta.json"}
-    assert any(isinstance(event, Notice) and "foreign.pt" in event.text for event in events)
-
-
-def test_what_an_official_manifest_lists_stays_listed(tmp_path: Path, checkpoint: Checkpoint) -> None:
-    output = tmp_path / "tensors"
-    output.mkdir()
-    (output / "0123abcd.pt").write_bytes(b"official")
-    (output / "manifest.json").write_text(json.dumps({"samples": ["0123abcd.pt", "gone.pt"]}))
-    dataset = make_dataset(tmp_path / "songs", "a.wav")
-    for _ in range(2):
-        _, events = run(dataset, output, checkpoint)
-        assert sample_paths(output) == [output / tensor_name("a.wav"), output / "0123abcd.pt"]
-        assert any(isinstance(event, Notice) and "0123abcd.pt" in event.text for event in events)
-    assert (output / "0123abcd.pt").read_bytes() == b"official"
-
-
-def test_a_folder_of_another_dataset_is_left_alone_but_a_moved_one_goes_on(
-    tmp_path: Path, checkpoint: Checkpoint
-) -> None:
-    dataset = make_dataset(tmp_path / "songs", "a.wav")
-    run(dataset, tmp_path / "tensors", checkpoint)
-    before = contents(tmp_path / "tensors")
-    with pytest.raises(DataError, match="holds the tensors of other songs"):
-        run(make_dataset(tmp_path / "others", "b.wav"), tmp_path / "tensors", checkpoint)
-    assert contents(tmp_path / "tensors") == before
-    album = make_dataset(tmp_path / "album", "a.wav", "b.wav")  # Its first song only has the other one's name.
-    (tmp_path / "album" / "a.wav").write_bytes((tmp_path / "album" / "b.wav").read_bytes()[:-400])
-    with pytest.raises(DataError, match="holds the tensors of other songs"):
-        run(album, tmp_path / "tensors", checkpoint)
-    assert contents(tmp_path / "tensors") == before
-    shutil.copytree(tmp_path / "songs", tmp_path / "copied")
-    track = replace(dataset.tracks[0], audio_path=tmp_path / "copied" / "a.wav")
-    copied = Dataset(folder=tmp_path / "copied", tracks=(track,), name="songs")
-    assert run(copied, tmp_path / "tensors", checkpoint)[0].unchanged == 1
-    run(dataset, tmp_path / "tensors", checkpoint)
-    (tmp_path / "songs").rename(tmp_path / "renamed")
-    track = replace(dataset.tracks[0], audio_path=tmp_path / "renamed" / "a.wav")
-    moved = Dataset(folder=tmp_path / "renamed", tracks=(track,), name="songs")
-    assert run(moved, tmp_path / "tensors", checkpoint)[0].unchanged == 1
-
-
-def test_a_copied_folder_goes_on_after_one_of_its_songs_was_mended(tmp_path: Path, checkpoint: Checkpoint) -> None:
-    dataset = make_dataset(tmp_path / "songs", "a.wav", "b.wav")
-    run(dataset, tmp_path / "tensors", checkpoint)
-    shutil.copytree(tmp_path / "songs", tmp_path / "copied")
-    write_song(tmp_path / "copied" / "a.wav", hertz=550.0)
-    tracks = tuple(replace(track, audio_path=tmp_path / "copied" / track.name) for track in dataset.tracks)
-    copied = Dataset(folder=tmp_path / "copied", tracks=tracks, name="songs")
-    assert run(copied, tmp_path / "tensors", checkpoint)[0] == PreprocessResult(1, 1, 0, 0)
-
-
-def test_a_folder_in_which_no_song_of_another_dataset_became_a_tensor_is_free(
-    tmp_path: Path, checkpoint: Checkpoint
-) -> None:
-    unusable = make_dataset(tmp_path / "songs", "a.wav")
-    unusable.tracks[0].audio_path.write_bytes(b"not audio")
-    with pytest.raises(DataError, match="None of the 1 songs could be preprocessed"):
-        run(unusable, tmp_path / "tensors", checkpoint)
-    run(make_dataset(tmp_path / "others", "b.wav"), tmp_path / "tensors", checkpoint)
-    assert sample_paths(tmp_path / "tensors") == [tmp_path / "tensors" / tensor_name("b.wav")]
 
 
 def test_songs_that_cannot_be_used_are_named_and_the_rest_goes_on(tmp_path: Path, checkpoint: Checkpoint) -> None:

@@ -158,7 +158,7 @@ def test_what_was_done_is_saved_when_a_file_that_is_reported_to_cannot_be_writte
 
     with pytest.raises(RunError, match="board cannot be written") as caught:
         carry_out(run, emit=full, stop_requested=lambda: False)
-    assert caught.value.hint.startswith("Free some space. What was done is saved: ")
+    assert caught.value.hint.startswith("Free some space. What was done is saved:\n  ")
     assert [folder.name for folder in checkpoints_in(tmp_path / "run")] == [name]
     resumed = train(replace(config, resume_from=tmp_path / "run"), base, songs, tmp_path / "run")
     for part in ("adapter", "ema", "optimizer"):
