@@ -3,6 +3,8 @@
 import gc
 import os
 import sys
+from collections.abc import MutableMapping
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 
 MANY = 100
+_tests = count()
 _modules = 0  # That were loaded when garbage was last looked for everywhere.
 
 
@@ -30,10 +33,25 @@ def _little_garbage() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _own_settings(tmp_path_factory: pytest.TempPathFactory) -> None:
+def _settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Keep what the tests' runs remember out of the settings of whoever runs them."""
-    for name in ("XDG_CONFIG_HOME", "XDG_STATE_HOME"):
-        os.environ[name] = str(tmp_path_factory.mktemp("settings"))
+    folder = tmp_path_factory.mktemp("settings")
+    _keep_settings_in(folder, os.environ)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_settings(_settings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A settings folder of the test's own, not made yet: a checkpoint folder that is typed is remembered."""
+    variables: dict[str, str] = {}
+    _keep_settings_in(_settings / str(next(_tests)), variables)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+def _keep_settings_in(folder: Path, environment: MutableMapping[str, str]) -> None:
+    for name in ("XDG_CONFIG_HOME", "XDG_STATE_HOME", "APPDATA"):
+        environment[name] = str(folder)
 
 
 def _toy(folder: Path, variant: str) -> "Checkpoint":

@@ -3,13 +3,22 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from sidestep.config.rank_map import RankMap
 from sidestep.config.tasks import EstimateConfig
 from sidestep.estimate.run import estimate
 from sidestep.events import Event
 from sidestep.model.checkpoint import Checkpoint
+from tests.torch.tiny import write_songs
 
 FRAMES = (40, 52, 40, 48, 40, 44)
+
+
+@pytest.fixture(scope="module")
+def songs(tmp_path_factory: pytest.TempPathFactory, base: Checkpoint) -> Path:
+    """Four songs of nearly one length. Read only."""
+    return write_songs(tmp_path_factory.mktemp("songs"), base, (40, 44, 48, 40))
 
 
 def config(songs: Path, **changes: Any) -> EstimateConfig:

@@ -166,7 +166,6 @@ def test_the_command_refuses_before_prompts_or_songs_are_encoded(
     tmp_path: Path, base: Checkpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     more: tuple[str, ...],
 ):  # fmt: skip
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "settings"))
     monkeypatch.setattr(device_layer, "available_devices", lambda: ["mps"])
     songs = write_songs(tmp_path / "tensors", base, (20,))
     (tmp_path / "audio").mkdir()
@@ -255,7 +254,6 @@ def test_without_overflow_the_wider_stream_gives_the_same_loss(tmp_path: Path, b
 def test_songs_are_encoded_in_float32_where_float16_is_widened(
     tmp_path: Path, base: Checkpoint, play: Play, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "settings"))
     (tmp_path / "audio").mkdir()
     soundfile.write(tmp_path / "audio" / "a.wav", torch.sin(torch.arange(24000) / 10).numpy(), 48000)
     words = ["fixed", "--preprocess", "-c", str(base.root), "-M", base.variant, "--audio-dir", str(tmp_path / "audio")]

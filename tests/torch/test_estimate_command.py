@@ -15,11 +15,6 @@ from tests.torch.tiny import write_songs
 SMALL = ["--device", "cpu", "--rank", "4", "--rank-min", "1", "--rank-max", "8", "--estimate-batches", "8"]
 
 
-@pytest.fixture(autouse=True)
-def own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "settings"))
-
-
 def typed(base: Checkpoint, songs: Path, *more: str) -> list[str]:
     return ["estimate", "-c", str(base.root), "-M", "base", "-d", str(songs), *SMALL, *more]
 

@@ -12,20 +12,12 @@ from sidestep.estimate import question, verify
 from sidestep.main import main
 from sidestep.model.checkpoint import Checkpoint, find_checkpoint
 from sidestep.training.assemble import Run
+from tests.torch.estimating import songs
 from tests.torch.tiny import write_songs
 
+__all__ = ["songs"]
+
 SMALL = {"--device": "cpu", "--rank": "4", "--rank-min": "1", "--rank-max": "8", "--estimate-batches": "8"}
-
-
-@pytest.fixture(autouse=True)
-def own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A settings folder of the test's own."""
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "settings"))
-
-
-@pytest.fixture(scope="module")
-def songs(tmp_path_factory: pytest.TempPathFactory, base: Checkpoint) -> Path:
-    return write_songs(tmp_path_factory.mktemp("songs"), base, (40, 44, 48, 40))
 
 
 def estimate(checkpoint: Checkpoint, songs: Path, output: Path, *words: object) -> int:

@@ -31,10 +31,7 @@ FOUR = {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 @pytest.fixture(autouse=True)
-def own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A settings folder of the test's own: a checkpoint folder that is typed is remembered."""
-    for variable in ("XDG_CONFIG_HOME", "APPDATA", "HOME"):
-        monkeypatch.setenv(variable, str(tmp_path / "settings"))
+def no_named_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SIDESTEP_CHECKPOINT_DIR", raising=False)
 
 

@@ -14,20 +14,13 @@ from sidestep.main import main
 from sidestep.model.checkpoint import Checkpoint
 from sidestep.training.directions import read_directions
 from tests.torch.command_line import NAME, Left, train
-from tests.torch.tiny import adapter_tensors, assert_identical, write_songs
+from tests.torch.estimating import songs
+from tests.torch.tiny import adapter_tensors, assert_identical
+
+__all__ = ["songs"]
 
 SMALL = ["--device", "cpu", "--rank", "4", "--rank-min", "1", "--rank-max", "8", "--estimate-batches", "8", "--plain"]
 CONSTANT = ["--scheduler-type", "constant"]
-
-
-@pytest.fixture(autouse=True)
-def own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "settings"))
-
-
-@pytest.fixture(scope="module")
-def songs(tmp_path_factory: pytest.TempPathFactory, base: Checkpoint) -> Path:
-    return write_songs(tmp_path_factory.mktemp("songs"), base, (40, 44, 48, 40))
 
 
 @pytest.fixture

@@ -22,13 +22,6 @@ REFERENCE = Path(__file__).parents[1] / "golden" / "reference" / "checkpoints"
 RATE = 48_000
 
 
-@pytest.fixture(autouse=True)
-def own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A settings folder of the test's own."""
-    for variable in ("XDG_CONFIG_HOME", "APPDATA", "HOME"):
-        monkeypatch.setenv(variable, str(tmp_path / "settings"))
-
-
 def write_song(path: Path, *, seconds: float = 0.2, level: float = 0.25) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     wave = level * np.sin(2 * np.pi * 440 * np.arange(round(seconds * RATE)) / RATE)

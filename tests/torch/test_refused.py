@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,15 +10,6 @@ from sidestep.main import main
 from sidestep.model.checkpoint import Checkpoint
 from sidestep.ui.problems import close_log
 from tests.torch.tiny import write_songs
-
-
-@pytest.fixture(autouse=True)
-def own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A settings folder of the test's own: a checkpoint folder that is typed is remembered."""
-    for variable in ("XDG_CONFIG_HOME", "APPDATA", "HOME"):
-        monkeypatch.setenv(variable, str(tmp_path / "settings"))
-    yield
-    close_log()
 
 
 def refused(tmp_path: Path, base: Checkpoint, output: Path) -> int:

@@ -1,7 +1,6 @@
 """Which folder a run goes on in, however its checkpoint is named, and which folders it leaves alone."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,18 +8,8 @@ import pytest
 from sidestep.config.runs import CHECKPOINTS, STATE_FILE, checkpoints_in
 from sidestep.main import main
 from sidestep.model.checkpoint import Checkpoint
-from sidestep.ui.problems import close_log
 from tests.torch.command_line import train
 from tests.torch.tiny import read_state, write_songs
-
-
-@pytest.fixture(autouse=True)
-def own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A settings folder of the test's own: a checkpoint folder that is typed is remembered."""
-    for variable in ("XDG_CONFIG_HOME", "APPDATA", "HOME"):
-        monkeypatch.setenv(variable, str(tmp_path / "settings"))
-    yield
-    close_log()
 
 
 def go_on(path: Path | str, *words: str) -> int:
