@@ -23,6 +23,7 @@ from sidestep.exports.base import BaseWeights
 from sidestep.exports.changes import Change, Hadamard, Kronecker, LowRank, row_norms
 from sidestep.exports.find import PEFT_CONFIG, PEFT_FILE, find_adapter
 from sidestep.model.names import to_diffusers, to_original
+from sidestep.training.adapters.base import pattern_matches
 from sidestep.training.adapters.files import check_start, read_weights
 
 DIFFUSERS_HEADER = "lora_adapter_metadata"
@@ -266,13 +267,12 @@ def _peft_lycoris_scale(stated_in: Path, settings: Mapping[str, Any], module: st
 
 
 def _stated(stated_in: Path, settings: Mapping[str, Any], name: str, module: str, *, default: float) -> float:
-    """Return a module's alpha or r; the patterns match the end of its name, in the original's words or diffusers'."""
+    """Return a module's alpha or r: that of the first pattern that means it, else the general one."""
     kind = _PATTERN_OF[name]
     value = settings.get(name, default)
-    names = (module, to_diffusers(module))
     try:
         for pattern, own in (settings.get(f"{kind}_pattern") or {}).items():
-            if any(re.match(rf"(.*\.)?({pattern})$", each) for each in names):
+            if pattern_matches(pattern, module):
                 value = own
                 break
     except (AttributeError, re.error) as error:

@@ -1,5 +1,6 @@
 """What every kind of adapter offers, and which modules of the decoder it goes on."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -71,6 +72,14 @@ def _suffixes(name: str) -> list[str]:
     """Return the projection, block and projection, and the whole name."""
     parts = name.split(".")
     return [".".join(parts[-1:]), ".".join(parts[-2:]), name]
+
+
+def pattern_matches(pattern: str, module: str) -> bool:
+    """Say whether PEFT's pattern means the module: the end of its name, in the original's words or in diffusers'.
+
+    Adapters that were trained on diffusers' model name its modules. re.error for what is no pattern.
+    """
+    return any(re.match(rf"(.*\.)?({pattern})$", name) for name in (module, to_diffusers(module)))
 
 
 def freeze(decoder: nn.Module) -> None:

@@ -20,7 +20,13 @@ from sidestep.config.runs import LORA_CONFIG
 from sidestep.errors import ModelError
 from sidestep.model.fused import Lora
 from sidestep.model.names import to_diffusers, to_original
-from sidestep.training.adapters.base import diffusers_names, freeze, target_suffixes, trained_parameters
+from sidestep.training.adapters.base import (
+    diffusers_names,
+    freeze,
+    pattern_matches,
+    target_suffixes,
+    trained_parameters,
+)
 from sidestep.training.adapters.files import LORA_FILE, check_start, find_weights, read_weights, write_weights
 
 PREFIX = "base_model.model."
@@ -292,10 +298,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _scaling_in(config: Mapping[str, Any], name: str) -> float:
-    """Return the scale PEFT applies to a tensor's module.
-
-    Patterns match the end of its name, in the original's words or in diffusers', as in adapters trained on its model.
-    """
+    """Return the scale PEFT applies to a tensor's module."""
     module = _module_of(name)
     rank = _pattern_value(config["rank_pattern"], module, config["r"])
     alpha = _pattern_value(config["alpha_pattern"], module, config["lora_alpha"])
@@ -305,7 +308,7 @@ def _scaling_in(config: Mapping[str, Any], name: str) -> float:
 def _pattern_value(patterns: Mapping[str, float], module: str, default: float) -> float:
     for pattern, value in patterns.items():
         try:
-            is_match = any(re.match(rf"(.*\.)?({pattern})$", name) for name in (module, to_diffusers(module)))
+            is_match = pattern_matches(pattern, module)
         except re.error as error:
             raise ModelError(f"'{pattern}' in {LORA_CONFIG} is no pattern: {error}.") from error
         if is_match:
