@@ -105,8 +105,13 @@ def parse(arguments: Sequence[str]) -> Typed:
     typed = vars(values)
     command = typed.pop("command", None)
     if unknown:
-        raise ConfigError("\n".join(_explain(word, command) for word in _flags_among(unknown)))
+        message = "\n".join(_explain(word, command) for word in _flags_among(unknown))
+        raise ConfigError(message, hint=_see_help(*([command] if command else [])))
     return Typed(command, typed.pop("version", False), typed)
+
+
+def _see_help(*command: str) -> str:
+    return f"See: {shell_line([*start_words(), *command, '--help'])}"
 
 
 def _add_globals(target: argparse.ArgumentParser) -> None:

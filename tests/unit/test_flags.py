@@ -57,6 +57,7 @@ def test_a_typo_is_met_with_what_was_probably_meant():
         parse(["fixed", "--rnk", "8", "--epoch", "3"])
     assert "fixed has no flag --rnk (did you mean --rank?)." in caught.value.message
     assert "fixed has no flag --epoch (did you mean --epochs?)." in caught.value.message
+    assert caught.value.hint.endswith("fixed --help")
 
 
 def test_abbreviations_are_not_taken():
