@@ -14,6 +14,7 @@ LORA_FILE = "adapter_model.safetensors"
 LORA_CONFIG = "adapter_config.json"
 LOKR_FILE = "lokr_weights.safetensors"
 LOHA_FILE = "loha_weights.safetensors"
+COPY_AGAIN = "The file is damaged, or was cut off on its way: copy or download it again."
 # Folders of a run that an adapter cannot be called, in any case: some file systems do not tell them apart.
 RESERVED_NAMES = frozenset({CHECKPOINTS, "runs", "samples"})
 LONGEST_NAME = 200  # bytes; a file system takes 255, and a folder is written under a longer, temporary name

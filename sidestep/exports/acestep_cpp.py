@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from sidestep.config.runs import LORA_CONFIG
 from sidestep.exports.base import BaseWeights
 from sidestep.exports.changes import Hadamard, Kronecker
-from sidestep.exports.find import PEFT_CONFIG
 from sidestep.exports.target import Content
 
 _PREFIXES = ("base_model.model.", "diffusion_model.")
@@ -65,7 +65,7 @@ def _lokr(tensors: dict[str, Tensor], linear_dim: int | None, base: BaseWeights)
 
 
 def _stated_alpha(folder: Path) -> int | None:
-    path = folder / PEFT_CONFIG
+    path = folder / LORA_CONFIG
     return int(json.loads(path.read_text(encoding="utf-8"))["lora_alpha"]) if path.is_file() else None
 
 

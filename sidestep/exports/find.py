@@ -4,13 +4,11 @@ import json
 from pathlib import Path, PurePath
 from typing import Any
 
-from sidestep.config.runs import RUN_CONFIG
+from sidestep.config.runs import COPY_AGAIN, LOHA_FILE, LOKR_FILE, LORA_FILE, RUN_CONFIG
 from sidestep.errors import ModelError
 
-PEFT_CONFIG = "adapter_config.json"
-PEFT_FILE = "adapter_model.safetensors"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
-_FILES = (PEFT_FILE, "lokr_weights.safetensors", "loha_weights.safetensors", DIFFUSERS_FILE)
+_FILES = (LORA_FILE, LOKR_FILE, LOHA_FILE, DIFFUSERS_FILE)
 _LARGEST_HEADER = 100_000_000  # Bytes; the limit of the safetensors format.
 
 
@@ -51,10 +49,10 @@ def header_of(file: Path) -> dict[str, str]:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if length > _LARGEST_HEADER:
-                raise ModelError(f"{file} is no safetensors file.")
+                raise ModelError(f"{file} is no safetensors file.", hint=COPY_AGAIN)
             content = json.loads(stream.read(length))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{file} cannot be read as safetensors: {error}.") from error
+        raise ModelError(f"{file} cannot be read as safetensors: {error}.", hint=COPY_AGAIN) from error
     words = content.get("__metadata__", {}) if isinstance(content, dict) else {}
     return words if isinstance(words, dict) else {}
 

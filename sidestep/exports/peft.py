@@ -12,9 +12,9 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sidestep.config.runs import LORA_CONFIG, LORA_FILE
 from sidestep.exports.base import BaseWeights
 from sidestep.exports.changes import LowRank
-from sidestep.exports.find import PEFT_CONFIG, PEFT_FILE
 from sidestep.exports.target import Content, layer_change, loaded_layers
 from sidestep.training.adapters.base import target_suffixes
 
@@ -37,7 +37,7 @@ class Peft:
             tensors[f"{PREFIX}{module}.lora_B.weight"] = change.up
             if change.magnitude is not None:
                 tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = change.magnitude
-        save_file(tensors, folder / PEFT_FILE, metadata={"format": "pt", **content.header})
+        save_file(tensors, folder / LORA_FILE, metadata={"format": "pt", **content.header})
         config = {
             "peft_type": "LORA",
             "task_type": "FEATURE_EXTRACTION",
@@ -51,7 +51,7 @@ class Peft:
             "use_dora": content.is_dora,
             "use_rslora": False,
         }
-        (folder / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / LORA_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def read(self, folder: Path, base: BaseWeights) -> Iterator[tuple[str, Tensor]]:
         """Load the folder with PEFT onto a model that has the original's names."""

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sidestep.config.runs import LORA_FILE
 from sidestep.errors import ConfigError, ModelError
 from sidestep.exports import acestep_cpp
 from sidestep.exports.base import BaseWeights
 from sidestep.exports.changes import Change, LowRank, changed, relative_error
 from sidestep.exports.comfyui import ComfyUi
 from sidestep.exports.diffusers import Diffusers
-from sidestep.exports.find import PEFT_FILE
 from sidestep.exports.low_rank import as_low_rank
 from sidestep.exports.merged import Merged, merged_weight
 from sidestep.exports.peft import Peft
@@ -200,7 +200,7 @@ def _prove(
 ) -> Exported:
     readings = {target_name: target.read(folder, base)}
     if target_name in ("peft", "comfyui") and acestep_cpp.takes(content):
-        file = folder / PEFT_FILE if target_name == "peft" else next(folder.glob("*.safetensors"))
+        file = folder / LORA_FILE if target_name == "peft" else next(folder.glob("*.safetensors"))
         readings["acestep.cpp"] = acestep_cpp.read(file, base)
     worst, rounding = _Comparison(), 0.0
     for reader, read in readings.items():

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sidestep.config.runs import LORA_CONFIG, LORA_FILE
 from sidestep.errors import ModelError
 from sidestep.exports.base import BaseWeights
 from sidestep.exports.changes import Change, Hadamard, Kronecker, LowRank, row_norms
-from sidestep.exports.find import PEFT_CONFIG, PEFT_FILE, find_adapter
+from sidestep.exports.find import find_adapter
 from sidestep.model.names import to_diffusers, to_original
 from sidestep.training.adapters.base import pattern_matches
 from sidestep.training.adapters.files import check_start, read_weights
@@ -225,8 +226,8 @@ def _lycoris_scale(group: Group, ranked: str, module: str, scale: Scale) -> floa
 
 def _scale_rule(file: Path, header: Mapping[str, str]) -> Scale:
     """Return how the scale of a change without an `.alpha` tensor follows from its module and, for a LoRA, its rank."""
-    if file.name == PEFT_FILE and (file.parent / PEFT_CONFIG).is_file():
-        path = file.parent / PEFT_CONFIG
+    if file.name == LORA_FILE and (file.parent / LORA_CONFIG).is_file():
+        path = file.parent / LORA_CONFIG
         settings = _json(path, path.read_text(encoding="utf-8", errors="replace"))
         check_start(path, settings)
         if settings.get("peft_type") in _PEFT_LYCORIS:

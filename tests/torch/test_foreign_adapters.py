@@ -162,8 +162,9 @@ def test_a_header_that_is_no_header_of_ours_says_nothing_or_is_refused(tmp_path:
     if said is None:
         assert origin_of(path) == {}
         return
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=said) as caught:
         origin_of(path)
+    assert "copy or download it again" in caught.value.hint
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])

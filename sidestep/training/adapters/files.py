@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from sidestep.config.runs import LOHA_FILE, LOKR_FILE, LORA_CONFIG, LORA_FILE
+from sidestep.config.runs import COPY_AGAIN, LOHA_FILE, LOKR_FILE, LORA_CONFIG, LORA_FILE
 from sidestep.errors import ModelError
 
 _KINDS = {LORA_FILE: ("LoRA", "lora (or dora)"), LOKR_FILE: ("LoKr", "lokr"), LOHA_FILE: ("LoHa", "loha")}
@@ -63,7 +63,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
             header: Mapping[str, str] = file.metadata() or {}
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is damaged: {error}.") from error
+        raise ModelError(f"{path} is damaged: {error}.", hint=COPY_AGAIN) from error
     broken = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
     if broken:
         raise ModelError(f"{path} holds numbers that are not finite, in {broken[0]} first.")
