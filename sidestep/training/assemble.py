@@ -343,4 +343,4 @@ def _report_groups(plan: Plan, emit: Emit) -> None:
         text = f"{len(songs)} songs in {len(plan.groups)} groups of equal length for batches of {plan.batch_size}"
         emit(Notice(text=f"{text}{cut and f'; {cut}'}{small}."))
     elif cropped:
-        emit(Notice(text=f"Of {len(songs)} songs {cut}: every length costs a capture."))
+        emit(Notice(text=f"Of {len(songs)} songs {cut}: on a GPU each length takes time to get ready."))
