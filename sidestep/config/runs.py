@@ -1,8 +1,9 @@
 """Where a run keeps what, so that it can be found again without torch."""
 
+import json
 import re
 from itertools import count
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from sidestep.errors import ConfigError, ModelError
 from sidestep.files import move
@@ -105,6 +106,15 @@ def is_of_run(path: Path, run: Path) -> bool:
 def holds_adapter(folder: Path) -> bool:
     """Say whether an adapter was written into this folder."""
     return any((folder / file).is_file() for file in (LORA_CONFIG, LOKR_FILE, LOHA_FILE))
+
+
+def final_of_run(path: Path) -> list[Path]:
+    """Return the folder of the final adapter where `path` is the output folder of a run."""
+    try:
+        settings = json.loads((path / RUN_CONFIG).read_text(encoding="utf-8"))["settings"]
+        return [path / PurePath(settings["run_name"]).name]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # No run of ours.
 
 
 def check_adapter_folders(run: Path, name: str, *, goes_on: bool) -> None:

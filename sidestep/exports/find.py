@@ -1,10 +1,10 @@
 """Finds an adapter's weights file and what its header says; reads headers only and loads no torch."""
 
 import json
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
-from sidestep.config.runs import COPY_AGAIN, LOHA_FILE, LOKR_FILE, LORA_FILE, RUN_CONFIG
+from sidestep.config.runs import COPY_AGAIN, LOHA_FILE, LOKR_FILE, LORA_FILE, final_of_run
 from sidestep.errors import ModelError
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -23,7 +23,7 @@ def find_adapter(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise ModelError(f"There is no adapter {path}: no such file or folder.")
-    for folder in (path, path / "adapter", *_final_of_run(path)):
+    for folder in (path, path / "adapter", *final_of_run(path)):
         for name in _FILES:
             if (folder / name).is_file():
                 return folder / name
@@ -32,15 +32,6 @@ def find_adapter(path: Path) -> Path:
         return found[0]
     what = f"{len(found)} safetensors files" if found else "no safetensors file"
     raise ModelError(f"{path} holds {what}.", hint="Give the file of the adapter itself.")
-
-
-def _final_of_run(path: Path) -> list[Path]:
-    """Return the folder of the final adapter where `path` is the output folder of a run."""
-    try:
-        settings = json.loads((path / RUN_CONFIG).read_text(encoding="utf-8"))["settings"]
-        return [path / PurePath(settings["run_name"]).name]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []  # No run of ours.
 
 
 def header_of(file: Path) -> dict[str, str]:

@@ -10,6 +10,7 @@ from lycoris import create_lycoris
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sidestep.config.runs import RUN_CONFIG
 from sidestep.errors import ModelError
 from sidestep.training.adapters.base import ATTENTION_PROJECTIONS, Adapter, current_values
 from tests.torch.tiny_adapters import (
@@ -117,6 +118,19 @@ def test_a_lora_in_the_official_trainers_folder_is_found(tmp_path: Path):
         fresh = tiny_decoder()
         attach(fresh, "lora").read(path)
         torch.testing.assert_close(output(fresh), output(decoder), **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["lora", "lokr", "loha"])
+def test_the_folder_of_a_run_means_its_final_adapter(tmp_path: Path, kind: str):
+    train_and_write(tmp_path / "mine_best", kind, seed=2)
+    decoder, _ = train_and_write(tmp_path / "mine", kind)
+    (tmp_path / RUN_CONFIG).write_text('{"settings": {"run_name": "mine"}}')
+    fresh = tiny_decoder()
+    attach(fresh, kind).read(tmp_path)
+    torch.testing.assert_close(output(fresh), output(decoder), **TOLERANCE)
+    other = "loha" if kind == "lokr" else "lokr"
+    with pytest.raises(ModelError, match=r"holds a Lo\w\w, not a Lo"):
+        attach(tiny_decoder(), other).read(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["lora", "lokr", "loha"])

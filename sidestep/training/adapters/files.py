@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from sidestep.config.runs import COPY_AGAIN, LOHA_FILE, LOKR_FILE, LORA_CONFIG, LORA_FILE
+from sidestep.config.runs import COPY_AGAIN, LOHA_FILE, LOKR_FILE, LORA_CONFIG, LORA_FILE, final_of_run
 from sidestep.errors import ModelError
 
 _KINDS = {LORA_FILE: ("LoRA", "lora (or dora)"), LOKR_FILE: ("LoKr", "lokr"), LOHA_FILE: ("LoHa", "loha")}
@@ -36,11 +36,12 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
 def find_weights(path: Path, name: str) -> Path:
     """Return the weights file called `name` in an adapter's folder, ours and Side-Step 1's, or in adapter/ below it.
 
-    `path` may also be that file or its config. ModelError says what else lies there; another file's neighbour is not
-    taken for it.
+    `path` may also be that file or its config, or the output folder of a run, which means its final adapter. ModelError
+    says what else lies there; another file's neighbour is not taken for it.
     """
     folder, label = path.parent if path.is_file() else path, _KINDS[name][0]
-    for place in (folder, folder / "adapter"):
+    places = (folder, folder / "adapter", *final_of_run(folder))
+    for place in places:
         if (place / name).is_file():
             if path.is_file() and path.name not in (name, LORA_CONFIG):
                 raise ModelError(
@@ -51,7 +52,7 @@ def find_weights(path: Path, name: str) -> Path:
     if not path.exists():
         raise ModelError(f"There is no adapter {path}: no such file or folder.")
     for other, (other_label, choice) in _KINDS.items():
-        if (folder / other).is_file() or (folder / "adapter" / other).is_file():
+        if any((place / other).is_file() for place in places):
             raise ModelError(f"{path} holds a {other_label}, not a {label}.", hint=f"Set --adapter-type {choice}.")
     raise ModelError(f"There is no {label} in {path}.", hint=f"Give a folder that holds {name}.")
 
