@@ -83,7 +83,7 @@ class Passes:
     def _run(self, recorder: Sketch | Probe, asked: Iterable[Asked]) -> list[int]:
         songs_N: list[int] = []
         with tapped(self.layers, recorder, dtype=self.dtype), torch.enable_grad():
-            one_pass = Replayed(self._pass) if can_capture(self.device, self.dtype) else self._pass
+            one_pass = Replayed(self._pass) if can_capture(self.device) else self._pass
             for songs, task in asked:
                 recorder.samples.begin(len(songs))
                 one_pass(task.to(self.device))

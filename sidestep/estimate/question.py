@@ -47,7 +47,7 @@ class Question:
 
     def tasks(self, batches: Sequence[Sequence[Asked]]) -> Iterator[tuple[list[int], Task]]:
         """Make the tasks of these batches."""
-        rows = common_rows(self.plan) if can_capture(self.model.device, self.model.dtype) else 0
+        rows = common_rows(self.plan) if can_capture(self.model.device) else 0
         return tasks(batches, self.plan, cfg_ratio=self.recipe.cfg_ratio, rows=rows)
 
     def losses(self, task: Task) -> Tensor:
@@ -75,7 +75,7 @@ def prepare(config: EstimateConfig, *, checkpoint: Checkpoint, emit: Emit) -> Qu
         chunk_seconds=config.chunk_duration,
         repeats=1,
         seed=config.seed,
-        few_lengths=can_capture(device, dtype),
+        few_lengths=can_capture(device),
     )
     law = sampler_of(recipe, mu=checkpoint.timestep_mu, sigma=checkpoint.timestep_sigma)
     first, second = halves(

@@ -30,9 +30,9 @@ USUAL_KINDS = 2  # Blocks with a window and blocks without; where ranks differ, 
 COMPILATIONS = 8
 
 
-def can_capture(device: torch.device, dtype: torch.dtype) -> bool:
-    """Say whether passes can be graphs: on CUDA and ROCm, but in float16, whose loss scaling decides on the CPU."""
-    return capabilities(device).captures and dtype != torch.float16
+def can_capture(device: torch.device) -> bool:
+    """Say whether passes can be graphs: on CUDA and ROCm."""
+    return capabilities(device).captures
 
 
 def why_not_compile(device: torch.device) -> str:
@@ -89,8 +89,8 @@ def _check_compile(device: torch.device) -> None:
 
 def make_passes(model: Model, parameters: Sequence[Parameter], scaler: GradScaler) -> Passes:
     """Return captured passes where there can be any, else eager ones."""
-    if can_capture(model.device, model.dtype) and model.sharded is None:
-        return CapturedPasses(model=model, parameters=parameters)
+    if can_capture(model.device) and model.sharded is None:
+        return CapturedPasses(model=model, parameters=parameters, scaler=scaler)
     return EagerPasses(model=model, scaler=scaler)
 
 

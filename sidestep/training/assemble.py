@@ -95,7 +95,7 @@ def assemble(
     recipe = _recipe(config, recipe_name, checkpoint, emit)
     songs = find_songs(dataset_dir, checkpoint, emit=emit, num_workers=config.num_workers)
     trained_on, held_out = hold_out(songs, config.val_split)
-    plan = _plan(config, trained_on, few_lengths=can_capture(device, dtype), emit=emit)
+    plan = _plan(config, trained_on, few_lengths=can_capture(device), emit=emit)
     identity = {"decoder": decoder_fingerprint(checkpoint), "songs": dataset_fingerprint(songs)}
     snapshot = _snapshot(config, identity, emit)
     rank_map = _rank_map(config, identity, recipe, snapshot)
@@ -215,7 +215,7 @@ def _batches(
         pin_memory=config.pin_memory and capabilities(device).pins_memory,
         prefetch_factor=config.prefetch_factor,
         persistent_workers=config.persistent_workers,
-        rows=common_rows(plan) if can_capture(device, dtype) else 0,
+        rows=common_rows(plan) if can_capture(device) else 0,
         processes=processes,
         last_epoch=(pace.total_steps - 1) // pace.steps_per_epoch,
     )

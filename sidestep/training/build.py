@@ -64,7 +64,7 @@ def build_stepper(
             hint="Close other programs that use it, add --quantize int8 or nf4, train a smaller --model-variant, or "
             "spread it over several GPUs (--shard-base).",
         ) from error
-    if config.shard_base and can_capture(device, dtype):
+    if config.shard_base and can_capture(device):
         emit(Notice(text="Passes are not captured as graphs: in each one the processes exchange the model's parts."))
     for remark in adapter.remarks:
         emit(Notice(text=remark, level="warning"))
@@ -165,7 +165,8 @@ def _stepper(config: TrainConfig, model: Model, adapter: Adapter, processes: Pro
         optimizer=optimizer,
         max_grad_norm=config.max_grad_norm,
         scaler=scaler,
-        guards_itself=config.optimizer_type == "adamw" and can_capture(model.device, model.dtype),
+        # With float16's loss scaling a step has to wait anyhow: the scale, and whether to skip, are decided on the CPU.
+        guards_itself=config.optimizer_type == "adamw" and can_capture(model.device) and not scaler.is_enabled(),
         processes=processes,
     )
 

@@ -134,6 +134,7 @@ class CapturedPasses:
 
     model: Model
     parameters: Sequence[Parameter]
+    scaler: GradScaler
     _captured: dict[tuple[object, ...], _Captured] = field(default_factory=dict)
     _pool: Any = None
 
@@ -168,7 +169,8 @@ class CapturedPasses:
     def _pass(self, task: Task, share: Tensor) -> Tensor:
         # `share` is zero while warming up, and so are the gradients that adds.
         loss = self.model.weighted(self.model.losses(task, compiled=True), task).sum() * share
-        gradients = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
+        # The scale is a number on the device, and changes there: a graph reads what it is when it is replayed.
+        gradients = torch.autograd.grad(self.scaler.scale(loss), self.parameters, materialize_grads=True)
         # Together: `backward()` would add each of some 400 small tensors by a kernel of its own.
         sums = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         torch._foreach_add_(sums, gradients)  # pyright: ignore[reportPrivateImportUsage]

@@ -99,7 +99,7 @@ def test_what_is_chosen_by_itself_follows_from_the_device(
 ):
     device = named(kind)
     assert choose_dtype("auto", device) == dtype
-    assert can_capture(device, dtype) is captures
+    assert can_capture(device) is captures
     assert wants_compile(None, device, music_seconds=1e6, recomputed=0, kinds=2, emit=lambda event: None) is compiles
     weight = {"w": Parameter(torch.ones(2, 2))}
     assert make_optimizer("adamw", weight, lr=1, weight_decay=0, device=device).defaults["fused"] is fused

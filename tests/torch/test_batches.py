@@ -317,5 +317,5 @@ def test_what_was_grouped_is_reported(tmp_path: Path, base: Checkpoint, monkeypa
     ]
     assert notices(chunk_duration=4.0) == ["1 songs in windows of 4 s; 3 shorter ones whole."]
     # Captured passes crop songs that are alone in their batch too, and by more than a second.
-    monkeypatch.setattr(assemble, "can_capture", lambda device, dtype: True)
+    monkeypatch.setattr(assemble, "can_capture", lambda device: True)
     assert notices() == ["Of 4 songs 4 cropped, by 2.1 s at most: on a GPU each length takes time to get ready."]

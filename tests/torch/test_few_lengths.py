@@ -95,7 +95,7 @@ def test_prompts_that_are_padded_further_have_the_losses_they_had(tmp_path: Path
 def test_one_length_of_prompts_serves_all_where_passes_are_captured(
     tmp_path: Path, base: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(assemble, "can_capture", lambda device, dtype: True)
+    monkeypatch.setattr(assemble, "can_capture", lambda device: True)
     config = tiny_config(cfg_ratio=0.0)
     for rows, expected in (((9, 14, 6), 16), ((9,), 9)):
         songs = write_songs(tmp_path / f"songs_{expected}", base, (48,) * 3, rows=rows)
