@@ -7,6 +7,7 @@ from typing import Any
 
 from sidestep.commands.libraries import load_libraries
 from sidestep.commands.output import log_in
+from sidestep.commands.torch_build import warn_of_slowness
 from sidestep.commands.train import check_tensors
 from sidestep.config.flags import GlobalConfig
 from sidestep.config.places import default_checkpoint_dir, product_version
@@ -37,8 +38,9 @@ def run(values: Mapping[str, Any], *, screen: GlobalConfig) -> int:
     quiet_libraries()
     with ExitStack() as stack:
         stack.enter_context(log_in(output.parent))
-        emit = combine(stack.enter_context(open_screen(console)), write_log)
         load_libraries()
+        warn_of_slowness(config.device, config.precision, console)
+        emit = combine(stack.enter_context(open_screen(console)), write_log)
         from sidestep.estimate.run import estimate
         from sidestep.training.directions import write_directions
 

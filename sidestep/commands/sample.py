@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from sidestep.commands.libraries import load_libraries
 from sidestep.commands.models import chosen_checkpoint
+from sidestep.commands.torch_build import warn_of_slowness
 from sidestep.config.adapter_tasks import SampleConfig
 from sidestep.config.settings import settings_of
 from sidestep.errors import ConfigError
@@ -33,6 +34,7 @@ def run(config: SampleConfig, *, console: Console) -> int:
     quiet_libraries()
     console.print(f"Loading {checkpoint.variant} ...")
     load_libraries()
+    warn_of_slowness(config.device, config.precision, console)
     from sidestep.listen.render import usual_sampling
     from sidestep.listen.studio import Studio
     from sidestep.model.device import choose_device, choose_dtype

@@ -1,4 +1,4 @@
-"""Whether the installed torch is one for this machine's GPU, and how to get the one that is."""
+"""What keeps this machine's GPU idle or slow: a torch that is not for it, or a format that it has no units for."""
 
 from sidestep.config.shell import INSTALLER
 from sidestep.errors import RunError
@@ -12,6 +12,16 @@ def torch_is_missing() -> RunError:
         "torch is not installed here.",
         hint=f"Run {INSTALLER} in Side-Step's folder: it installs the torch that fits this machine's GPU.",
     )
+
+
+def warn_of_slowness(device: str, precision: str, console: Console) -> None:
+    """Say so where the GPU is left idle, or computes slowly in this precision; loads torch."""
+    from sidestep.model.device import choose_device, choose_dtype, is_slow_in
+
+    warn_of_idle_gpu(device, console)
+    chosen = choose_device(device)
+    if is_slow_in(choose_dtype(precision, chosen), chosen):
+        console.warning("This GPU computes bf16 slowly: --precision fp16 is faster.")
 
 
 def warn_of_idle_gpu(device: str, console: Console) -> None:

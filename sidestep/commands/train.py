@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sidestep.commands.interrupts import Interrupts
 from sidestep.commands.libraries import load_libraries
 from sidestep.commands.output import alone_in, log_in
-from sidestep.commands.torch_build import warn_of_idle_gpu
+from sidestep.commands.torch_build import warn_of_slowness
 from sidestep.config.flags import GlobalConfig, LayersConfig
 from sidestep.config.places import default_checkpoint_dir, product_version, remember
 from sidestep.config.presets import is_run_config, save_preset
@@ -137,7 +137,7 @@ def _preprocess(config: TrainConfig, checkpoint: Checkpoint, console: Console) -
         from sidestep.model.device import choose_device, choose_dtype
         from sidestep.preprocess.run import preprocess
 
-        warn_of_idle_gpu(config.device, console)
+        warn_of_slowness(config.device, config.precision, console)
         device = choose_device(config.device)
         if config.output_dir is not None:
             from sidestep.training.accelerate import check_device
@@ -178,7 +178,7 @@ def _train(
         read_ahead(decoder_tensors(checkpoint).values())  # While torch is loaded, which takes seconds.
         load_libraries(lambda: _warm_up(config, processes))
         if not config.preprocess:
-            warn_of_idle_gpu(config.device, console)
+            warn_of_slowness(config.device, config.precision, console)
         show = stack.enter_context(open_screen(console))
         from sidestep.listen.samples import TrainingSamples, prepare_wordings
         from sidestep.model.device import choose_device

@@ -24,7 +24,7 @@ from sidestep.model.device import (
     choose_dtype,
     device_name,
     free_gib,
-    generation,
+    is_slow_in,
     torch_build,
     total_gib,
 )
@@ -77,7 +77,7 @@ def devices() -> Iterator[Finding]:
         graphs = "graphs" if able.captures else "no graphs"
         compiles = "no compiled blocks" if lacks or able.compiles == "never" else "compiled blocks"
         text = f"{device_name(device)}{memory}: {able.precision}, {graphs}, {compiles}."
-        if able.has_flash_window and generation(device) < (8, 0):
+        if is_slow_in(choose_dtype("auto", device), device):
             yield Finding(able.name, f"{text} It computes bf16 slowly.", "note", "Try --precision fp16.")
         elif lacks:
             yield Finding(able.name, f"{text} {lacks}.", "note", "Training is the same without it, and slower.")

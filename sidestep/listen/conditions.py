@@ -41,7 +41,7 @@ def encode_prompts(
 
     `seconds` and `seed` are for prompts that state none; the seed counts up from prompt to prompt.
     """
-    dtype = wide_dtype(device, dtype)
+    dtype = wide_dtype(dtype)
     lengths = [prompt.duration or seconds for prompt in prompts]
     with torch.no_grad():
         tokenizer, text_encoder = load_text_encoder(checkpoint, device=device, dtype=dtype)

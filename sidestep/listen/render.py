@@ -94,7 +94,7 @@ class Renderer:
     ) -> None:
         """Load what is needed besides the decoder; `seconds` is the longest sound. The VAE waits on the CPU."""
         self.device, self.dtype = device, dtype
-        self._vae = load_vae(checkpoint, device=torch.device("cpu"), dtype=wide_dtype(device, dtype))
+        self._vae = load_vae(checkpoint, device=torch.device("cpu"), dtype=wide_dtype(dtype))
         hop = math.prod(self._vae.config["downsampling_ratios"])
         frames = max(math.ceil(seconds * SAMPLE_RATE / hop), 750)
         self._encoded = _EncodedPrompt(

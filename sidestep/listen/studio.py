@@ -43,7 +43,7 @@ class Studio:
         self.sampling = sampling
         self.wordings = encode_prompts(checkpoint, prompts, seconds=seconds, seed=seed, device=device, dtype=dtype)
         decoder = load_decoder(checkpoint, device=device, dtype=dtype)
-        widen_stream(decoder, device=device, dtype=dtype)
+        widen_stream(decoder, dtype=dtype)
         self.attached = Attached(decoder, source, base) if source else None
         longest = max(wording.seconds for wording in self.wordings)
         self.renderer = Renderer(checkpoint, decoder, seconds=longest, device=device, dtype=dtype)

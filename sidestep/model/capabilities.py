@@ -33,8 +33,6 @@ class Capabilities:
     has_float64: bool
     measures_peak: bool
     """The most memory that was taken, and all there is, can be read."""
-    widens_float16: bool
-    """With float16, what overflowed in it is computed in float32: the encoders and the stream through the decoder."""
     exchanges: Literal["nccl", "gloo", "never"]
     """How several processes add up numbers that lie on their devices."""
 
@@ -52,7 +50,6 @@ _CUDA = Capabilities(
     pins_memory=True,
     has_float64=True,
     measures_peak=True,
-    widens_float16=False,
     exchanges="nccl",
 )
 
@@ -76,7 +73,6 @@ CAPABILITIES = {
         pins_memory=False,
         has_float64=False,
         measures_peak=False,
-        widens_float16=True,
         exchanges="never",
     ),
     # Not every XPU has float64, and torch's loss scaling for float16 needs it.
@@ -93,7 +89,6 @@ CAPABILITIES = {
         pins_memory=True,
         has_float64=False,
         measures_peak=True,
-        widens_float16=False,
         exchanges="never",
     ),
     "cpu": Capabilities(
@@ -109,7 +104,6 @@ CAPABILITIES = {
         pins_memory=False,
         has_float64=True,
         measures_peak=False,
-        widens_float16=False,
         exchanges="gloo",
     ),
 }

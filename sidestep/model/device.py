@@ -115,9 +115,13 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     return _DTYPES[precision]
 
 
-def wide_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """Give the dtype for what overflows in float16: float32 in its place where the device asks for that."""
-    return torch.float32 if dtype == torch.float16 and capabilities(device).widens_float16 else dtype
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Give the dtype for what overflows in float16, the encoders and the stream through the decoder: float32 for it.
+
+    The model was made in bfloat16. In float16 others got NaN on MPS and on CUDA, there as soon as a song has lyrics
+    (github.com/ace-step/ACE-Step-1.5/issues/1243).
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
@@ -187,6 +191,12 @@ def queued_on(stream: Stream) -> AbstractContextManager[object]:
 def generation(device: torch.device) -> tuple[int, int]:
     """Return the compute capability of a CUDA or ROCm device: (8, 0) is NVIDIA's Ampere."""
     return torch.cuda.get_device_capability(device)
+
+
+def is_slow_in(dtype: torch.dtype, device: torch.device) -> bool:
+    """Say whether a GPU has no units for this format: NVIDIA's before Ampere have none for bfloat16."""
+    is_nvidia = capabilities(device).has_flash_window  # ROCm counts its generations otherwise.
+    return dtype == torch.bfloat16 and is_nvidia and generation(device) < (8, 0)
 
 
 def has_flash_window(device: torch.device) -> bool:

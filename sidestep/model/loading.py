@@ -79,9 +79,9 @@ def load_decoder(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.d
     return _fill(decoder, decoder_tensors(checkpoint), "decoder", name_on_disk=on_disk, device=device, dtype=dtype)
 
 
-def widen_stream(decoder: AceStepTransformer1DModel, *, device: torch.device, dtype: torch.dtype) -> None:
+def widen_stream(decoder: AceStepTransformer1DModel, *, dtype: torch.dtype) -> None:
     """Let the sum that runs through the decoder's blocks be kept in `wide_dtype`; the blocks compute in `dtype`."""
-    wide = wide_dtype(device, dtype)
+    wide = wide_dtype(dtype)
     if wide != dtype:
         # Every block adds to what it is given, in the dtype of what it is given.
         decoder.proj_in_conv.register_forward_hook(lambda module, inputs, stream: stream.to(wide))

@@ -85,8 +85,8 @@ def preprocess(
     encoder_device: torch.device | None = None,
     flow: Flow | None = None,
 ) -> PreprocessResult:
-    """Turn the dataset's songs into tensor files in `output`, computed and stored in `dtype` (float32 where
-    float16 overflows on that device).
+    """Turn the dataset's songs into tensor files in `output`, computed and stored in `dtype`; for float16, in which
+    the encoders overflow, in float32.
 
     `encoder_device` (`device` if not given) computes the words and the condition, `device` the audio. `flow` says how
     songs overlap; without it the devices do.
@@ -106,7 +106,7 @@ def preprocess(
         loudness=Loudness(mode=normalize, target_db=target_db, target_lufs=target_lufs),
         device=device,
         encoder_device=encoder_device or device,
-        dtype=wide_dtype(device, dtype),
+        dtype=wide_dtype(dtype),
         emit=emit,
         flow=flow or Flow.on(device),
         encoder_flow=flow or Flow.on(encoder_device or device),

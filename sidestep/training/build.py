@@ -144,7 +144,7 @@ def frozen_decoder(
     decoder = load_decoder(checkpoint, device=device if quantize == "none" else CPU, dtype=dtype)
     if quantize != "none":
         quantize_blocks(decoder, quantize, device=device)
-    widen_stream(decoder, device=device, dtype=dtype)
+    widen_stream(decoder, dtype=dtype)
     return decoder
 
 

@@ -12,6 +12,7 @@ import soundfile
 import torch
 from torch.nn import Parameter
 
+from sidestep.commands import torch_build as builds
 from sidestep.errors import ConfigError, NonFiniteError, NoRoomError
 from sidestep.events import Metrics
 from sidestep.listen.conditions import encode_prompts
@@ -19,6 +20,7 @@ from sidestep.listen.prompts import prompt_of_words
 from sidestep.listen.render import Renderer, Sampling
 from sidestep.main import main
 from sidestep.model import device as device_layer
+from sidestep.model import loading
 from sidestep.model.attention import block_window, flash_window, window_kernel_for
 from sidestep.model.capabilities import CAPABILITIES, capabilities
 from sidestep.model.checkpoint import Checkpoint
@@ -28,6 +30,7 @@ from sidestep.model.device import (
     choose_dtype,
     free_memory,
     full_memory_alike,
+    is_slow_in,
     memory_gib,
     reset_memory_peak,
     same_random_state,
@@ -42,6 +45,7 @@ from sidestep.training import accelerate, build
 from sidestep.training.accelerate import can_capture, wants_compile
 from sidestep.training.fit import measure
 from sidestep.training.optimizers import make_optimizer
+from sidestep.ui.console import open_console
 from tests.torch.command_line import SMALL
 from tests.torch.played import GIB, Module
 from tests.torch.tiny import prepare, tiny_config, train, write_songs
@@ -199,10 +203,27 @@ def test_a_run_goes_its_way_on_every_kind_that_captures_nothing(
     assert all(weight.abs().sum() > 0 for name, weight in trained.weights.items() if "lora_B" in name)
 
 
-def test_samples_are_rendered_where_float16_is_widened(base: Checkpoint, play: Play):
-    play("mps")
+@pytest.mark.parametrize(
+    ("generation", "precision", "said"),
+    [((7, 5), "auto", True), ((7, 5), "bf16", True), ((7, 5), "fp16", False), ((8, 0), "auto", False)],
+)
+def test_a_gpu_that_has_no_units_for_bf16_is_said_with_what_is_faster(
+    monkeypatch: pytest.MonkeyPatch, generation: tuple[int, int], precision: str, said: bool
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: generation)
+    monkeypatch.setattr(device_layer, "available_devices", lambda: ["cuda", "cpu"])
+    assert is_slow_in(choose_dtype(precision, torch.device("cuda")), torch.device("cuda")) is said
+    assert not is_slow_in(torch.bfloat16, torch.device("cpu"))
+    lines: list[str] = []
+    console = open_console(plain=True)
+    monkeypatch.setattr(console, "warning", lines.append)
+    builds.warn_of_slowness("auto", precision, console)
+    assert lines == (["This GPU computes bf16 slowly: --precision fp16 is faster."] if said else [])
+
+
+def test_samples_are_rendered_where_float16_is_widened(base: Checkpoint):
     decoder = load_decoder(base, device=CPU, dtype=torch.float16)
-    widen_stream(decoder, device=CPU, dtype=torch.float16)
+    widen_stream(decoder, dtype=torch.float16)
     prompts = [prompt_of_words({"caption": "a slow waltz"})]
     (wording,) = encode_prompts(base, prompts, seconds=1.0, seed=1, device=CPU, dtype=torch.float16)
     assert wording.rows_BLD.dtype == torch.float32
@@ -224,41 +245,39 @@ def loud(checkpoint: Checkpoint, songs: Path, output: Path) -> Any:
     return run
 
 
-def test_what_overflows_in_float16_is_computed_in_float32_where_the_device_asks_for_it(
-    tmp_path: Path, base: Checkpoint, play: Play
+def test_what_overflows_in_float16_is_computed_in_float32(
+    tmp_path: Path, base: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ):
     songs = write_songs(tmp_path / "songs", base, (20,))
-    assert wide_dtype(CPU, torch.float16) == torch.float16
+    assert [wide_dtype(dtype) for dtype in (torch.float16, torch.bfloat16)] == [torch.float32, torch.bfloat16]
+    wide = loud(base, songs, tmp_path / "wide")
+    (batch,) = wide.batches.epoch(0)
+    assert wide.stepper([batch], lr=1e-3, seeds=[1]).values[0].isfinite()
+    monkeypatch.setattr(loading, "wide_dtype", lambda dtype: dtype)
     plain = loud(base, songs, tmp_path / "plain")
-    (batch,) = plain.batches.epoch(0)
     with pytest.raises(NonFiniteError, match="loss is no longer a finite number"):
         plain.stepper([batch], lr=1e-3, seeds=[1])
-    play("mps")
-    assert wide_dtype(CPU, torch.float16) == torch.float32
-    assert wide_dtype(CPU, torch.bfloat16) == torch.bfloat16
-    wide = loud(base, songs, tmp_path / "wide")
-    assert wide.stepper([batch], lr=1e-3, seeds=[1]).values[0].isfinite()
 
 
-def test_without_overflow_the_wider_stream_gives_the_same_loss(tmp_path: Path, base: Checkpoint, play: Play):
+def test_without_overflow_the_wider_stream_gives_the_same_loss(
+    tmp_path: Path, base: Checkpoint, monkeypatch: pytest.MonkeyPatch
+):
     songs = write_songs(tmp_path / "songs", base, (20,))
     losses = []
-    for kind in ("cpu", "mps"):
-        play(kind)
-        run = prepare(tiny_config(precision="fp16"), base, songs, tmp_path / kind)
+    for name in ("wide", "plain"):
+        run = prepare(tiny_config(precision="fp16"), base, songs, tmp_path / name)
         (batch,) = run.batches.epoch(0)
         losses.append(run.stepper([batch], lr=1e-3, seeds=[1]).values[0].item())
+        monkeypatch.setattr(loading, "wide_dtype", lambda dtype: dtype)
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
 
 
-def test_songs_are_encoded_in_float32_where_float16_is_widened(
-    tmp_path: Path, base: Checkpoint, play: Play, monkeypatch: pytest.MonkeyPatch
-):
+def test_for_float16_songs_are_encoded_in_float32(tmp_path: Path, base: Checkpoint):
     (tmp_path / "audio").mkdir()
     soundfile.write(tmp_path / "audio" / "a.wav", torch.sin(torch.arange(24000) / 10).numpy(), 48000)
     words = ["fixed", "--preprocess", "-c", str(base.root), "-M", base.variant, "--audio-dir", str(tmp_path / "audio")]
-    play("mps")
-    assert main([*words, "--tensor-output", str(tmp_path / "new"), "--device", "cpu", "--plain"]) == 0
+    words += ["--tensor-output", str(tmp_path / "new"), "--device", "cpu", "--precision", "fp16", "--plain"]
+    assert main(words) == 0
     assert read_sample(sample_paths(tmp_path / "new")[0]).target_latents.dtype == torch.float32
 
 
