@@ -1,5 +1,7 @@
 """The screen: rich on a terminal, plain lines everywhere else."""
 
+import errno
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -16,6 +18,10 @@ from sidestep.ui.wording import printable, tolerate_unprintable
 
 GAP = 2
 NARROWEST = 20  # Cells; a narrower terminal wraps by itself.
+# A pipe whose other end was closed (`| head`), as POSIX and as Windows name it.
+READER_HAS_GONE = (errno.EPIPE, errno.EINVAL)
+
+logger = logging.getLogger(__name__)
 
 
 class Console:
@@ -50,10 +56,13 @@ class Console:
         try:
             self._stream.write(text)
             self._stream.flush()
-        except BrokenPipeError:
-            # Whoever read along has gone (`| head`), and a run is not given up for that: the rest goes nowhere.
+        except OSError as error:
+            # A run is not given up because nobody can read along any more: the rest goes nowhere.
             with Path(os.devnull).open("w") as nowhere:
                 os.dup2(nowhere.fileno(), self._stream.fileno())
+            if error.errno not in READER_HAS_GONE:
+                logger.info("The output can no longer be written: %s", error)
+                Console(sys.stderr, is_plain=True).warning(f"The output can no longer be written ({error}).")
 
     def wrapped(self, text: str, *, indent: int = 0) -> list[str]:
         """The lines of a text: as they are when plain, else broken between words so that they fit after an indent.

@@ -48,7 +48,8 @@ class LogFile(logging.FileHandler):
         logging.getLogger().removeHandler(self)
         # Without any handler Python would print the warnings of libraries on the screen.
         logging.getLogger().addHandler(logging.NullHandler())
-        sys.stderr.write(f"Warning: {self.baseFilename} can no longer be written ({sys.exc_info()[1]}).\n")
+        reason = sys.exc_info()[1]
+        open_console(plain=True, stream=sys.stderr).warning(f"{self.baseFilename} can no longer be written ({reason}).")
 
 
 def show_error(error: SidestepError, *, stream: TextIO, plain: bool = False) -> None:

@@ -1,8 +1,10 @@
 """The console: plain and rich output, names as they are, narrow and odd terminals."""
 
+import errno
 import io
 import os
 import re
+from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
@@ -45,6 +47,47 @@ def test_a_pipe_and_the_plain_flag_get_text_without_escape_codes_or_boxes(termin
             ":smile: [bold]not markup[/bold] 3.14",
             "",
         ]
+
+
+class Lost(io.TextIOWrapper):
+    """A stream whose system refuses what is written, once."""
+
+    reason: int = 0
+
+    def flush(self) -> None:
+        if self.reason:
+            error, self.reason = self.reason, 0
+            raise OSError(error, os.strerror(error))
+        super().flush()
+
+
+# Windows says of a pipe whose reader has gone that the argument is invalid.
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        (errno.EPIPE, ""),
+        (errno.EINVAL, ""),
+        (errno.ENOSPC, "Warning: The output can no longer be written ([Errno 28] No space left on device).\n"),
+    ],
+)
+def test_output_that_can_no_longer_be_written_stops_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], reason: int, said: str
+) -> None:
+    with Lost((tmp_path / "run.log").open("wb"), encoding="utf-8") as stream:
+        console = open_console(plain=True, stream=stream)
+        console.print("read")
+        stream.reason = reason
+        console.print("lost")
+        console.print("lost too")
+    assert (tmp_path / "run.log").read_bytes().splitlines()[:1] == [b"read"]
+    assert capsys.readouterr().err == said
+
+
+def test_a_full_disk_below_both_streams_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Path("/dev/full").open("w") as out, Path("/dev/full").open("w", buffering=1) as err:
+        monkeypatch.setattr("sys.stderr", err)
+        for stream in (out, err):
+            open_console(plain=True, stream=stream).print("lost")
 
 
 def test_a_terminal_gets_colour_but_no_markup_from_names(terminal: Terminal) -> None:
