@@ -3,6 +3,7 @@
 Imports nothing that takes time: `--help` and a mistyped flag answer at once.
 """
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run Side-Step and return its exit code: 0 done, 1 data, model or machine, 2 usage, 70 a bug, 130 interrupted."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     plain = "--plain" in words
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         tolerate_unprintable(stream)
     try:
@@ -46,6 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         show_bug(error, stream=sys.stderr, plain=plain)
         return EXIT_BUG
+
+
+def _open_closed_streams() -> None:
+    """Have streams that were closed by what started us (`>&-`) lead nowhere; else a file of ours gets their place."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115  For good.
 
 
 def _check_current_folder() -> None:

@@ -1,11 +1,14 @@
 """Starting up: help, wrong flags and missing folders answer without torch."""
 
 import io
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
 from sidestep.config.places import PROJECT
 from sidestep.main import main
@@ -122,3 +125,12 @@ def test_an_error_of_our_own_is_told_as_one_and_exits_with_70(monkeypatch: pytes
     assert code == 70
     assert stream.getvalue().startswith("This is a bug in Side-Step: ZeroDivisionError: division by zero\n")
     assert "ZeroDivisionError" in (tmp_path / "sidestep.log").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["build-dataset", "--input", "songs"], 0), (["fixed"], 2), ([], 2)])
+def test_streams_that_are_closed_are_not_missed(arguments: list[str], code: int, tmp_path: Path):
+    (tmp_path / "songs").mkdir()
+    soundfile.write(tmp_path / "songs" / "a.wav", np.zeros((48_000, 2)), 48_000)
+    line = shlex.join([sys.executable, str(PROJECT / "train.py"), *arguments])
+    done = subprocess.run(["bash", "-c", f"{line} <&- >&- 2>&-"], cwd=tmp_path, check=False)
+    assert done.returncode == code
