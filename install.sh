@@ -96,7 +96,8 @@ find_python() {
   "$python" -c '' 2>/dev/null && return
   echo
   echo "Getting Python."
-  uv venv --quiet --clear || fail "Python could not be installed into the folder .venv, for the reason above." \
+  # By its name: without one uv clears and fills what UV_PROJECT_ENVIRONMENT names.
+  uv venv --quiet --clear .venv || fail "Python could not be installed into the folder .venv, for the reason above." \
     "Check the internet connection; an old uv is updated by: uv self update"
 }
 

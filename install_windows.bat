@@ -122,7 +122,8 @@ echo.
 echo Getting Python.
 set "WHY=Python could not be installed into the folder .venv, for the reason above."
 set "WAY=Close all that uses Side-Step, check the internet connection; an old uv is updated by: uv self update"
-"%UV%" venv --quiet --clear
+rem By its name: without one uv clears and fills what UV_PROJECT_ENVIRONMENT names.
+"%UV%" venv --quiet --clear .venv
 if %errorlevel% neq 0 goto failed
 
 :find_gpu

@@ -46,7 +46,12 @@ static void write_file(const wchar_t *path, const char *text) {
 }
 
 static int act(void) {
-    if (!wcscmp(name, L"uv") && called_with(L"uv venv")) copy_self_to(L".venv\\Scripts", L"python.exe");
+    if (!wcscmp(name, L"uv") && called_with(L"uv venv")) {
+        const wchar_t *project = called_with(L".venv") ? NULL : _wgetenv(L"UV_PROJECT_ENVIRONMENT");
+        wchar_t folder[MAX_PATH];
+        swprintf(folder, MAX_PATH, L"%ls\\Scripts", project ? project : L".venv");
+        copy_self_to(folder, L"python.exe");
+    }
     if (!wcscmp(name, L"uv") && called_with(L"uv export")) write_file(L".venv\\locked.txt", "numpy==2\n");
     if (!wcscmp(name, L"nvidia-smi")) {
         if (!_wgetenv(L"STAND_IN_GPU")) return 9; /* installed, but no GPU answers */

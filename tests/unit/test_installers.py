@@ -26,7 +26,7 @@ if [ -n "$FAILS" ] && [[ "$call" == *"$FAILS"* ]]; then echo "stand-in: ${0##*/}
 PROGRAMS = {
     "uv": """
 case "$1" in
-  venv) mkdir -p .venv/bin; cp "$PROGRAMS/../python" .venv/bin/python ;;
+  venv) venv=${4:-${UV_PROJECT_ENVIRONMENT:-.venv}}; mkdir -p "$venv/bin"; cp "$PROGRAMS/../python" "$venv/bin" ;;
   export) echo "numpy==2" >.venv/locked.txt ;;
   pip) case "$*" in *--torch-backend*) echo "$*" >"$PROGRAMS/../other-build" ;; esac ;;
 esac
@@ -146,6 +146,11 @@ def test_a_torch_build_can_be_chosen(linux: Linux):
     assert linux.installs() == ["rocm6.4"]
     assert linux.run("--yes", UV_TORCH_BACKEND="cpu") == 0, linux.output
     assert linux.installs() == ["cpu"]
+
+
+def test_an_environment_that_uv_was_told_to_use_for_projects_is_left_alone(linux: Linux):
+    assert linux.run("--yes", UV_PROJECT_ENVIRONMENT=str(linux.root / "elsewhere")) == 0, linux.output
+    assert not (linux.root / "elsewhere").exists()
 
 
 def test_uv_is_fetched_where_there_is_none(linux: Linux):
