@@ -104,7 +104,9 @@ find_python() {
 # Installs everything; $1: the torch build asked for, if any.
 install_packages() {
   local torch=$1 gpu
-  gpu=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null | head -n 1) || gpu=''
+  # No `head`: it closes the pipe after the first GPU, and nvidia-smi fails at the second.
+  gpu=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null) || gpu=''
+  gpu=${gpu%%$'\n'*}
   echo
   [ -n "$gpu" ] && echo "NVIDIA GPU and its driver: $gpu"
   if [ -n "$torch" ]; then

@@ -15,7 +15,7 @@ import pytest
 from sidestep.config.places import PROJECT
 
 BATCH = (PROJECT / "install_windows.bat").read_bytes().decode("ascii").replace("\r\n", "\n")
-TOOLS = ("bash", "sh", "env", "dirname", "uname", "head", "cat", "chmod", "mkdir", "cp", "rm", "readlink")
+TOOLS = ("bash", "sh", "env", "dirname", "uname", "cat", "chmod", "mkdir", "cp", "rm", "readlink", "sleep")
 
 # What each program does beside noting how it was called; $FAILS is a part of the call that does not work.
 STAND_IN = """#!/bin/bash
@@ -40,7 +40,8 @@ case "$*" in
   *train.py\\ fixed*) echo "started by $SIDESTEP_START"; exit 130 ;;
 esac
 """,
-    "nvidia-smi": 'echo "NVIDIA H100, 580.65"\n',
+    # A line a GPU, each written at once.
+    "nvidia-smi": 'echo "NVIDIA H100, 580.65"; sleep 0.2; echo "NVIDIA A100, 580.65"\n',
     "git": "",
     "curl": """echo 'mkdir -p "$HOME/.local/bin"; cp "$PROGRAMS/../uv" "$HOME/.local/bin/uv"'\n""",
 }
@@ -120,7 +121,7 @@ def test_with_a_new_driver_torch_is_the_one_that_uv_run_keeps(linux: Linux):
     linux.have("uv", "nvidia-smi")
     assert linux.run("--yes", cuda="index") == 0, linux.output
     assert linux.installs() == ["index"]
-    assert "NVIDIA GPU and its driver: NVIDIA H100, 580.65" in linux.output
+    assert "NVIDIA GPU and its driver: NVIDIA H100, 580.65\n" in linux.output
     assert "and not with uv run" not in linux.output
 
 
