@@ -75,7 +75,9 @@ update() {
 }
 
 find_uv() {
-  export PATH="$PATH:$HOME/.local/bin:$HOME/.cargo/bin"
+  # Named, since uv's installer goes by XDG_BIN_HOME and XDG_DATA_HOME else, which the terminals of some programs set.
+  export UV_INSTALL_DIR="${UV_INSTALL_DIR:-$HOME/.local/bin}"
+  export PATH="$PATH:$UV_INSTALL_DIR:$HOME/.local/bin:$HOME/.cargo/bin"
   command -v uv >/dev/null && return
   echo
   echo "Getting uv, the program that installs Python and everything else."

@@ -99,6 +99,8 @@ goto find_uv
 echo Note: there is no git here, so Side-Step's own files stay as they are. To update them, run: git pull
 
 :find_uv
+rem Named, since uv's installer goes by XDG_BIN_HOME and XDG_DATA_HOME else, if other programs set them.
+if not defined UV_INSTALL_DIR set "UV_INSTALL_DIR=%USERPROFILE%\.local\bin"
 call :look_for_uv
 if defined UV goto find_python
 echo.
@@ -206,7 +208,7 @@ exit /b 0
 set "UV="
 for %%I in (uv.exe) do set "UV=%%~$PATH:I"
 set "LINKS=%LOCALAPPDATA%\Microsoft\WinGet\Links"
-for %%D in ("%USERPROFILE%\.local\bin" "%USERPROFILE%\.cargo\bin" "%LINKS%") do (
+for %%D in ("%UV_INSTALL_DIR%" "%USERPROFILE%\.local\bin" "%USERPROFILE%\.cargo\bin" "%LINKS%") do (
   if not defined UV if exist "%%~D\uv.exe" set "UV=%%~D\uv.exe"
 )
 exit /b 0

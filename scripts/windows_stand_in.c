@@ -60,9 +60,11 @@ static int act(void) {
     if (!wcscmp(name, L"python") && called_with(L"cuda")) return _wgetenv(L"STAND_IN_CUDA") == NULL;
     if (!wcscmp(name, L"python") && called_with(L"train.py fixed")) printf("started by %ls\n", _wgetenv(L"SIDESTEP_START"));
     if (!wcscmp(name, L"powershell")) {
+        const wchar_t *chosen = _wgetenv(L"UV_INSTALL_DIR");
         wchar_t folder[MAX_PATH];
         swprintf(folder, MAX_PATH, L"%ls\\.local\\bin", _wgetenv(L"USERPROFILE"));
-        copy_self_to(folder, L"uv.exe");
+        if (!chosen) chosen = _wgetenv(L"XDG_BIN_HOME");
+        copy_self_to(chosen ? chosen : folder, L"uv.exe");
     }
     if (!wcscmp(name, L"git") && called_with(L"pull") && _wgetenv(L"STAND_IN_NEW_INSTALLER"))
         CopyFileW(_wgetenv(L"STAND_IN_NEW_INSTALLER"), L"install_windows.bat", FALSE);

@@ -43,7 +43,9 @@ esac
     # A line a GPU, each written at once.
     "nvidia-smi": 'echo "NVIDIA H100, 580.65"; sleep 0.2; echo "NVIDIA A100, 580.65"\n',
     "git": "",
-    "curl": """echo 'mkdir -p "$HOME/.local/bin"; cp "$PROGRAMS/../uv" "$HOME/.local/bin/uv"'\n""",
+    "curl": """
+echo 'to=${UV_INSTALL_DIR:-${XDG_BIN_HOME:-$HOME/.local/bin}}; mkdir -p "$to"; cp "$PROGRAMS/../uv" "$to"'
+""",
 }
 
 
@@ -159,6 +161,12 @@ def test_uv_is_fetched_where_there_is_none(linux: Linux):
     assert linux.run("--yes") == 0, linux.output
     assert linux.calls[0] == "curl -LsSf https://astral.sh/uv/install.sh"
     assert linux.installs() == ["auto"]
+
+
+@pytest.mark.parametrize("variable", ["XDG_BIN_HOME", "UV_INSTALL_DIR"])
+def test_uv_is_found_where_its_installer_put_it(linux: Linux, variable: str):
+    linux.have("curl")
+    assert linux.run("--yes", **{variable: str(linux.root / "of its own")}) == 0, linux.output
 
 
 @pytest.mark.parametrize(
