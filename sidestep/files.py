@@ -84,6 +84,12 @@ def move(source: Path, target: Path) -> None:
     source.replace(target)
 
 
+def nearest_existing(path: Path) -> Path | None:
+    """Return the path, or the nearest one above it that is there; None on a drive that Windows does not have."""
+    whole = path.absolute()
+    return next((each for each in (whole, *whole.parents) if each.exists()), None)
+
+
 @contextmanager
 def held_alone(path: Path, *, taken: SidestepError, wait: float = 0) -> Iterator[None]:
     """Hold a lock on the file `path` for as long as the block lasts; raises `taken` where another process holds it.

@@ -8,7 +8,7 @@ from pathlib import Path
 from sidestep.config.places import default_checkpoint_dir
 from sidestep.doctor.finding import Finding
 from sidestep.errors import ConfigError, ModelError
-from sidestep.files import cannot_write
+from sidestep.files import cannot_write, nearest_existing
 from sidestep.model.checkpoint import check_encoders, find_checkpoint, list_models
 
 GIB = 2**30
@@ -51,7 +51,11 @@ def models(root: Path | None, variant: str | None) -> Iterator[Finding]:
 
 def output(folder: Path) -> Finding:
     """Say whether the folder, or the nearest one above it that is there, can be written, and how much it takes."""
-    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    there = nearest_existing(folder)
+    if there is None:
+        return Finding(
+            "Output", f"There is no {folder.absolute().anchor} here.", "problem", "Choose another --output-dir."
+        )
     try:
         with tempfile.TemporaryFile(dir=there):
             free = shutil.disk_usage(there).free

@@ -13,6 +13,7 @@ from prompt_toolkit.document import Document
 
 from sidestep.data.audio import AUDIO_SUFFIXES, find_audio
 from sidestep.errors import DataError
+from sidestep.files import nearest_existing
 
 QUOTES = "'\""
 # A quote within a quoted word, as shells and terminals write it.
@@ -110,7 +111,9 @@ def what_is_wrong_with_data(folder: Path) -> str:
 
 def what_is_wrong_with_output(path: Path) -> str:
     """Why nothing could be written to a folder, as far as that can be seen; nothing when it could."""
-    existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    existing = nearest_existing(path)
+    if existing is None:
+        return f"There is no {path.absolute().anchor} here."
     if not existing.is_dir():
         return f"{existing} is a file, not a folder."
     return "" if os.access(existing, os.W_OK) else f"{existing} cannot be written to."

@@ -88,6 +88,12 @@ def test_an_output_folder_is_tried_where_it_would_be_made(tmp_path: Path, monkey
     assert refused.way_out
 
 
+def test_an_output_folder_on_a_drive_that_is_not_there_is_a_problem(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Path, "exists", lambda path: False)  # As for E:\ without its stick.
+    refused = output(Path("runs"))
+    assert (refused.level, refused.text) == ("problem", f"There is no {Path.cwd().anchor} here.")
+
+
 def test_without_models_the_doctor_says_how_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))

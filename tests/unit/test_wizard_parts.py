@@ -16,7 +16,7 @@ from sidestep.ui.asker import GoBack, Prompt
 from sidestep.ui.console import open_console
 from sidestep.ui.download import Fetch, fetch, fetches_for
 from sidestep.ui.machine import Gpu, find_gpus
-from sidestep.ui.paths import PathCompleter, beside, count_tensors, free_name, read_path
+from sidestep.ui.paths import PathCompleter, beside, count_tensors, free_name, read_path, what_is_wrong_with_output
 from sidestep.ui.plain_asker import PlainAsker
 from sidestep.ui.questions import Choice
 from sidestep.ui.wizard import Wizard
@@ -180,6 +180,11 @@ def test_a_path_that_the_system_refuses_is_a_wrong_answer_and_no_end(stage: Stag
     _, screen = stage.play(down(2), f"{text}\t{ENTER}", typed(songs), ENTER, ENTER)
     assert "".join(reason.split()) in "".join(screen.split())
     assert stage.started[0].values["input"] == songs
+
+
+def test_a_drive_that_is_not_there_is_a_wrong_answer_and_no_end(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Path, "exists", lambda path: False)  # As for E:\ without its stick.
+    assert what_is_wrong_with_output(Path("runs")) == f"There is no {Path.cwd().anchor} here."
 
 
 def test_tab_completes_folders_behind_quotes_and_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
