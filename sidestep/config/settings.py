@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from sidestep.errors import ConfigError
+from sidestep.files import IS_WINDOWS
 
 Values = Mapping[str, Any]
 C = TypeVar("C")
@@ -322,6 +323,9 @@ def _parse_path(text: str, refused: ValueError) -> Path:
         bare = bare[1:-1]
     if not bare or "\0" in bare:
         raise refused
+    if IS_WINDOWS and '"' in bare:
+        # "C:\my songs\" is no end of a word there: the quote is taken for one of the name, and what follows with it.
+        raise ValueError(f"{refused.args[0][:-1]}: leave out the backslash before the closing quote.")
     try:
         path = Path(bare).expanduser()
     except RuntimeError:  # The home of a user whom this machine does not know.

@@ -64,6 +64,17 @@ def test_a_wrong_value_is_refused_with_the_rule(values: dict[str, object], sente
     assert caught.value.message == sentence
 
 
+def test_a_backslash_that_took_the_closing_quote_for_itself_is_named_on_windows(monkeypatch: pytest.MonkeyPatch):
+    typed = r'C:\My Songs" --rank 8'  # What Windows makes of "C:\My Songs\" --rank 8
+    assert parse(recipe=typed) == {"recipe": Path(typed)}
+    monkeypatch.setattr("sidestep.config.settings.IS_WINDOWS", True)
+    with pytest.raises(ConfigError) as caught:
+        parse(recipe=typed)
+    assert (
+        caught.value.message == f"--recipe takes a path, not {typed}: leave out the backslash before the closing quote."
+    )
+
+
 def test_all_problems_are_reported_together():
     with pytest.raises(ConfigError) as caught:
         parse(heat="-1", rounds="0", mode="x")
