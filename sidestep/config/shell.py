@@ -66,4 +66,4 @@ def download_line(repository: str, folder: Path, *, without: Iterable[str] = ())
 def _for_windows(word: str) -> str:
     quoted = subprocess.list2cmdline([word])
     # Those are for the program that is started; these for the shell.
-    return f'"{word}"' if quoted == word and set(word) & set("&|<>()^;,'") else quoted
+    return f'"{word}"' if quoted == word and set(word) & set("&|<>()^;,'@{}#") else quoted

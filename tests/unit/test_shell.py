@@ -129,6 +129,8 @@ def test_an_image_that_names_its_launcher_has_the_programs_beside_python(monkeyp
         (r"C:\my songs", r"'C:\my songs'", r'"C:\my songs"'),
         ("Tom&Jerry", "'Tom&Jerry'", '"Tom&Jerry"'),
         ("it's", "'it'\"'\"'s'", '"it\'s"'),
+        ("#1-{live}", "'#1-{live}'", '"#1-{live}"'),
+        ("@home", "@home", '"@home"'),
         ("", "''", '""'),
     ],
 )
