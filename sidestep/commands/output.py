@@ -8,7 +8,7 @@ from pathlib import Path
 from sidestep.config.runs import CHECKPOINTS
 from sidestep.errors import ConfigError, SidestepError
 from sidestep.files import cannot_write, clear_unfinished, held_alone
-from sidestep.ui.problems import LOG_NAME, close_log, open_log
+from sidestep.ui.problems import LOG_NAME, close_log, open_log, quiet_libraries
 
 WAIT = 10  # Seconds; the processes that read songs outlive a run that was killed by five, and hold its lock.
 
@@ -29,6 +29,7 @@ def log_in(folder: Path) -> Iterator[None]:
     except (SidestepError, KeyboardInterrupt):
         if log not in before and log.exists() and set(folder.iterdir()) == {*before, log}:
             close_log()
+            quiet_libraries()  # The wizard goes on, and without a log Python would print on the screen.
             log.unlink()
             _remove_empty(made)
         raise

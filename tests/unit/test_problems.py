@@ -179,3 +179,27 @@ problems.open_log(Path({str(tmp_path / "sidestep.log")!r}))
     assert (result.returncode, result.stderr) == (0, "")
     log = (tmp_path / "sidestep.log").read_text(encoding="utf-8")
     assert log.endswith("WARNING transformers.models: some weights were not used\n")
+
+
+def test_what_is_logged_of_a_refused_command_waits_for_the_next_log_and_is_not_printed(tmp_path: Path) -> None:
+    script = f"""
+import warnings
+from pathlib import Path
+from sidestep.commands.output import log_in
+from sidestep.errors import DataError
+from sidestep.ui.problems import log_traceback, quiet_libraries
+quiet_libraries()
+try:
+    with log_in(Path({str(tmp_path / "refused")!r})):
+        raise DataError("The song is broken.")
+except DataError as error:
+    log_traceback(error)
+warnings.warn("this is deprecated")
+with log_in(Path({str(tmp_path / "next")!r})):
+    pass
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert not (tmp_path / "refused").exists()
+    log = (tmp_path / "next" / "sidestep.log").read_text(encoding="utf-8")
+    assert "Traceback" in log and "The song is broken." in log and "this is deprecated" in log
