@@ -38,6 +38,7 @@ from sidestep.data.dataset_file import load_dataset
 from sidestep.errors import ConfigError, DataError, ModelError, RunError
 from sidestep.events import Emit, Event, Notice, TrackSkipped
 from sidestep.files import write_whole
+from sidestep.listen.prompts import read_prompts
 from sidestep.model.checkpoint import Checkpoint, check_encoders, decoder_tensors, find_checkpoint
 from sidestep.model.weights import read_ahead
 from sidestep.ui.console import Console, open_console
@@ -87,6 +88,7 @@ def run(
     if remembers and config.checkpoint_dir is not None and processes.is_first:
         _remember(config.checkpoint_dir, console)
     if config.output_dir is not None:
+        _check_what_is_read(config)
         run_name = config.run_name or f"{config.adapter_type}_{time.strftime('%Y%m%d_%H%M%S')}"
         if processes.is_first:
             _check_output(config, config.output_dir, run_name)
@@ -167,7 +169,7 @@ def _train(
     assert dataset_dir is not None  # Checked when the config was resolved.
     run_name = config.run_name
     assert run_name is not None  # Chosen before preprocessing.
-    _check_dataset(config, dataset_dir)
+    check_tensors(dataset_dir)
     config = replace(config, dataset_dir=dataset_dir, checkpoint_dir=checkpoint.root)
     quiet_libraries()
     with ExitStack() as stack:
@@ -259,9 +261,8 @@ def _set_newer_aside(training: "Run", emit: Emit) -> None:
         emit(Notice(text=f"A newer checkpoint of this run is kept as {folder.name}."))
 
 
-def _check_dataset(config: TrainConfig, dataset_dir: Path) -> None:
-    """Refuse, before torch is loaded, a dataset, a rank map or an adapter that is not there."""
-    check_tensors(dataset_dir)
+def _check_what_is_read(config: TrainConfig) -> None:
+    """Refuse, before torch is loaded and songs are encoded, a rank map, an adapter or prompts that are not there."""
     if config.rank_map is not None:
         if config.resume_from is not None and not config.rank_map.exists():
             raise DataError(
@@ -270,6 +271,8 @@ def _check_dataset(config: TrainConfig, dataset_dir: Path) -> None:
         read_rank_map(config.rank_map)
     if config.init_from is not None and config.resume_from is None and not config.init_from.exists():
         raise ModelError(f"There is no adapter {config.init_from}: no such file or folder.")
+    if config.sample_prompts is not None and config.sample_every_n_epochs:
+        read_prompts(config.sample_prompts)
 
 
 def _check_output(config: TrainConfig, output_dir: Path, run_name: str) -> None:

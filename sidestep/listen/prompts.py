@@ -39,8 +39,12 @@ def read_prompts(path: Path) -> list[SamplePrompt]:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"The prompts in {path} cannot be read: {error}.") from error
+    except OSError as error:
+        raise DataError(f"The prompts in {path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"The prompts in {path} are not UTF-8 text.", hint="Save the file again with the encoding UTF-8."
+        ) from error
     if path.suffix.lower() != ".json":
         prompts = [SamplePrompt(caption=line.strip()) for line in text.splitlines() if line.strip()]
     else:

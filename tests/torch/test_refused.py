@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sidestep.demo.songs import write_toy_songs
 from sidestep.main import main
 from sidestep.model.checkpoint import Checkpoint
 from sidestep.ui.problems import close_log
@@ -56,6 +57,28 @@ def test_other_commands_that_are_refused_leave_no_folder(tmp_path: Path, base: C
         words = ["estimate", "-d", str(songs), "--output"]
     assert main([*words, str(tmp_path / "new" / "map.json"), *model]) == 1
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--init-from", "nowhere"], "There is no adapter nowhere: no such file or folder."),
+        (["--rank-map", "nowhere.json"], "There is no rank map nowhere.json"),
+        (
+            ["--sample-every-n-epochs", "1", "--sample-prompts", "nowhere.txt"],
+            "The prompts in nowhere.txt cannot be read: No such file or directory.",
+        ),
+    ],
+)
+def test_what_a_run_is_to_read_is_looked_for_before_songs_are_encoded(
+    tmp_path: Path, base: Checkpoint, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    write_toy_songs(tmp_path / "songs", seed=1, seconds=(1.0, 1.0))
+    folders = ["--audio-dir", str(tmp_path / "songs"), "--tensor-output", str(tmp_path / "tensors")]
+    model = ["-c", str(base.root), "-M", "base", "-o", str(tmp_path / "run")]
+    assert main(["fixed", "--preprocess", *folders, *model, *words]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "tensors").exists() and not (tmp_path / "run").exists()
 
 
 def test_a_run_that_began_keeps_its_log(tmp_path: Path, base: Checkpoint):

@@ -62,8 +62,17 @@ def test_keys_and_signatures_become_the_models_words(tmp_path: Path):
 
 
 def test_a_missing_file_is_an_error(tmp_path: Path):
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError) as failure:
         read_prompts(tmp_path / "none.txt")
+    assert failure.value.message == f"The prompts in {tmp_path / 'none.txt'} cannot be read: No such file or directory."
+
+
+def test_a_file_in_another_encoding_is_an_error_with_a_way_out(tmp_path: Path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("Bläser".encode("latin-1"))
+    with pytest.raises(DataError, match="are not UTF-8 text") as failure:
+        read_prompts(path)
+    assert failure.value.hint == "Save the file again with the encoding UTF-8."
 
 
 def test_a_song_is_prompted_as_it_was_trained():
