@@ -4,8 +4,8 @@ Everything that can be checked without torch is checked before the door to it op
 """
 
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,7 +132,7 @@ def _preprocess(config: TrainConfig, checkpoint: Checkpoint, console: Console) -
         if isinstance(event, TrackSkipped):
             skipped.append(event.name)
 
-    with log_in(output), open_screen(console) as show:
+    with _telling_what_is_kept(console), log_in(output), open_screen(console) as show:
         emit = combine(show, write_log, count)
         dataset = load_dataset(audio_dir, config.dataset_json, emit=emit)
         load_libraries()
@@ -160,6 +160,16 @@ def _preprocess(config: TrainConfig, checkpoint: Checkpoint, console: Console) -
         )
     console.print(f"{result.done} songs encoded, {result.unchanged} unchanged, {len(skipped)} skipped: {output}")
     return len(skipped)
+
+
+@contextmanager
+def _telling_what_is_kept(console: Console) -> Iterator[None]:
+    """Say, when preprocessing is stopped, that it goes on where it was."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print("Songs that were encoded are kept: the same command goes on with the others.")
+        raise
 
 
 def _train(

@@ -81,6 +81,21 @@ def test_what_a_run_is_to_read_is_looked_for_before_songs_are_encoded(
     assert not (tmp_path / "tensors").exists() and not (tmp_path / "run").exists()
 
 
+def test_preprocessing_that_is_stopped_says_how_it_goes_on(
+    tmp_path: Path, base: Checkpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def stopped(*arguments: object, **settings: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sidestep.preprocess.run.preprocess", stopped)
+    write_toy_songs(tmp_path / "songs", seed=1, seconds=(1.0, 1.0))
+    folders = ["--audio-dir", str(tmp_path / "songs"), "--tensor-output", str(tmp_path / "tensors")]
+    assert main(["fixed", "--preprocess", *folders, "-c", str(base.root), "-M", "base"]) == 130
+    said = capsys.readouterr()
+    assert said.out.endswith("Songs that were encoded are kept: the same command goes on with the others.\n")
+    assert said.err.endswith("Stopped.\n")
+
+
 def test_a_run_that_began_keeps_its_log(tmp_path: Path, base: Checkpoint):
     songs = write_songs(tmp_path / "songs", base, (20, 20))
     words = ["-c", str(base.root), "-M", "base", "-d", str(songs), "-o", str(tmp_path / "run"), "--lr", "1e30"]
