@@ -1,6 +1,7 @@
 """The processes that train together, and what a launcher (torchrun, accelerate launch) says of them; without torch."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING
@@ -58,6 +59,12 @@ class Processes:
 
     def must_agree(self, what: str, value: str) -> None:
         """Raise ConfigError unless `value`, which is `what`, is the same in all."""
+
+    @contextmanager
+    def needing_all(self) -> Iterator[None]:
+        """Meet, and do inside what no process can do without the others; what goes wrong there with one of them is
+        raised as `meet` raises it."""
+        yield
 
     def use(self, device: "torch.device") -> None:
         """Get ready to exchange numbers that lie on this device."""

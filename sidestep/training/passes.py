@@ -4,6 +4,7 @@ Both compute the same; a captured pass is replayed by one call and does not wait
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn import Parameter
 
+from sidestep.config.processes import Processes
 from sidestep.model.attention import CrossAttention, blocks_of
 from sidestep.model.device import Graph, Stream, autocast, beside, capturing
 from sidestep.model.forward import velocity
@@ -59,6 +61,10 @@ class Model:
         self.cross_attention.set_rows(task.rows_BL)
         with autocast(self.device, self.dtype):
             return flow_matching_losses(self.velocity(task, compiled=compiled), task)
+
+    def spread_over(self, processes: Processes) -> AbstractContextManager[None]:
+        """Give the context for running a decoder whose weights may lie in these processes: each needs all of them."""
+        return nullcontext() if self.sharded is None else processes.needing_all()
 
     def weighted(self, losses: Tensor, task: Task) -> Tensor:
         """Return the losses as they count in training."""

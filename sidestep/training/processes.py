@@ -114,15 +114,27 @@ class JoinedProcesses(Processes):
         try:
             words = self._exchange(word)
         except RuntimeError as error:
-            raise LostProcessError(
-                "Another process of this run has ended without a word.",
-                hint="What the launcher prints may say why; one that was killed ran out of main memory, most likely.",
-            ) from error
+            raise _lost() from error
         if Word.FAILED in words:
             raise ElsewhereError
         if Word.NO_ROOM in words and word != Word.NO_ROOM:
             raise NoRoomElsewhereError("The device of another process is too small.")
         return words
+
+    @contextmanager
+    def needing_all(self) -> Iterator[None]:
+        """Meet, and do inside what no process can do without the others.
+
+        What breaks off because one of them failed or is gone is raised as `meet` raises it.
+        """
+        self.meet()
+        try:
+            yield
+        except RuntimeError as error:
+            if not _is_of_exchange(error):
+                raise
+            self.meet()  # One that failed says so here.
+            raise _lost() from error
 
     def is_first_to_fail(self, error: BaseException) -> bool:
         """Tell the others that this process failed with an error, and say whether it is the first of those that did."""
@@ -183,21 +195,33 @@ class JoinedProcesses(Processes):
 
     def add_up(self, numbers: Tensor) -> None:
         """Replace the tensor by its sum over all processes, the same bits in each."""
-        self.meet()
-        dist.all_reduce(numbers, group=self.numbers)
+        with self.needing_all():
+            dist.all_reduce(numbers, group=self.numbers)
 
     def copy_first(self, numbers: Tensor) -> None:
         """Replace the tensor by the first process's."""
-        self.meet()
-        dist.broadcast(numbers, src=0, group=self.numbers)
+        with self.needing_all():
+            dist.broadcast(numbers, src=0, group=self.numbers)
 
     def gather(self, numbers: Tensor) -> list[Tensor]:
         """Return every process's tensor on the CPU, by rank; all have one shape."""
-        self.meet()
-        own = numbers.cpu()
-        gathered = [torch.empty_like(own) for _ in range(self.count)]
-        dist.all_gather(gathered, own, group=self.meetings)
+        with self.needing_all():
+            own = numbers.cpu()
+            gathered = [torch.empty_like(own) for _ in range(self.count)]
+            dist.all_gather(gathered, own, group=self.meetings)
         return gathered
+
+
+def _lost() -> LostProcessError:
+    return LostProcessError(
+        "Another process of this run has ended without a word.",
+        hint="What the launcher prints may say why; one that was killed ran out of main memory, most likely.",
+    )
+
+
+def _is_of_exchange(error: RuntimeError) -> bool:
+    """Say whether it was an exchange that failed; Gloo's errors have no type of their own."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def new_group(backend: str, timeout: timedelta | None = None) -> dist.ProcessGroup:

@@ -102,10 +102,11 @@ class Stepper:
         self.passes.prepare(batches)
         self._numbers.zero_()
         shares = whole.shares(len(batches))
-        losses = [
-            self.passes(batch, share=share, seed=seed)
-            for batch, share, seed in zip(batches, shares, seeds, strict=True)
-        ]
+        with self.model.spread_over(self.processes):
+            losses = [
+                self.passes(batch, share=share, seed=seed)
+                for batch, share, seed in zip(batches, shares, seeds, strict=True)
+            ]
         loss = self._numbers[-1]
         if losses:
             loss.copy_(torch.stack(losses).sum())

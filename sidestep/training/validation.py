@@ -57,8 +57,9 @@ def _losses(model: Model, songs: Sequence[Song], timesteps: torch.Tensor, proces
     measured = []
     with torch.no_grad():
         for song in own:
-            losses = [model.losses(_question(song, place, t).to(model.device)) for place, t in enumerate(timesteps)]
-            measured.append(torch.cat(losses))
+            questions = [_question(song, place, t) for place, t in enumerate(timesteps)]
+            with model.spread_over(processes):
+                measured.append(torch.cat([model.losses(question.to(model.device)) for question in questions]))
     model.decoder.train(was_training)
     # [turns, processes, timesteps]: the songs in their order.
     gathered = torch.stack(processes.gather(torch.stack(measured)), dim=1)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ import psutil
 import pytest
 import torch
 
-from sidestep.config.processes import Place, launched_place
+from sidestep.config.processes import Place, Word, launched_place
 from sidestep.config.runs import checkpoints_in
-from sidestep.errors import ConfigError, RunError
+from sidestep.errors import ConfigError, ElsewhereError, LostProcessError, RunError
 from sidestep.main import main
 from sidestep.model.checkpoint import Checkpoint
-from sidestep.training.processes import joined
+from sidestep.training.processes import JoinedProcesses, joined
 from tests.torch.test_interrupts import REPOSITORY, Command
 from tests.torch.tiny import RUN_NAME, adapter_tensors, read_state, train, write_songs
 from tests.torch.together import CONFIG, FEW_GRAPHS, FRAMES, seen
@@ -191,6 +192,48 @@ def test_an_error_of_one_process_is_told_once(tmp_path: Path, base: Checkpoint):
     assert "song_" in error
     assert command.output.count("Saved a checkpoint") == 1
     assert checkpoints_in(tmp_path / "run")
+
+
+def damage_a_song(songs: Path, command: Command) -> None:
+    """Damage one song, which one of the processes is to read."""
+    (songs / "song_0.pt").write_bytes(b"PK\x03\x04 and nothing more")
+
+
+def kill_the_second(songs: Path, command: Command) -> None:
+    """Kill the second process, as the system does when main memory runs out."""
+    (second,) = (child for child in psutil.Process(command.process.pid).children() if child.environ()["RANK"] == "1")
+    second.kill()
+
+
+@pytest.mark.parametrize(
+    ("harm", "error"),
+    [(damage_a_song, "song_0.pt cannot be read"), (kill_the_second, "Another process of this run has ended")],
+)
+def test_one_that_is_missed_where_the_base_is_spread_ends_all_and_what_was_done_is_kept(
+    tmp_path: Path, base: Checkpoint, harm: Callable[[Path, Command], None], error: str
+):
+    songs = write_songs(tmp_path / "songs", base, FRAMES[:6])  # As many for each.
+    more = ["--gradient-accumulation", "1", "--num-workers", "0", "--shard-base"]
+    command = Command(*typed(tmp_path, base, songs, "run", *more), home=tmp_path / "home", launcher=TORCHRUN)
+    command.read_until("Step 2/")
+    harm(songs, command)
+    assert command.finish() != 0
+    (told,) = [line for line in command.output.splitlines() if line.startswith(("Error: ", "This is a bug"))]
+    assert error in told
+    assert command.output.count("Saved a checkpoint") == 1
+    (saved,) = checkpoints_in(tmp_path / "run")
+    assert read_state(saved)["state"]["step"] >= 2
+
+
+def test_an_exchange_that_breaks_off_is_the_end_of_another_process(monkeypatch: pytest.MonkeyPatch):
+    processes = JoinedProcesses(0, 0, 2, meetings=torch.distributed.ProcessGroup(0, 2))
+    said = iter([(Word.FINE, Word.FINE), (Word.FINE, Word.FAILED), (Word.FINE, Word.FINE), (Word.FINE, Word.FINE)])
+    monkeypatch.setattr(JoinedProcesses, "_exchange", lambda *_: list(next(said)))
+    broken = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+    with pytest.raises(ElsewhereError), processes.needing_all():
+        raise broken
+    with pytest.raises(LostProcessError), processes.needing_all():
+        raise broken
 
 
 def test_a_launcher_is_known_by_its_environment():
