@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # In the order of `Place`.
 _ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
+_HIGHEST_PORT = 65535
 _HINT = "torchrun and accelerate launch set them; to train in one process, unset them."
 
 
@@ -97,8 +98,9 @@ def launched_place(environment: Mapping[str, str]) -> Place | None:
 
     ConfigError when the launcher's variables make no sense.
     """
-    missing = [name for name in (*_NAMES, *_ADDRESS) if name not in environment]
-    if missing and environment.get("WORLD_SIZE", "1") != "1" and "RANK" in environment:
+    # A variable that is set to nothing says nothing.
+    missing = [name for name in (*_NAMES, *_ADDRESS) if not environment.get(name)]
+    if missing and (environment.get("WORLD_SIZE") or "1") != "1" and environment.get("RANK"):
         raise ConfigError(
             f"The environment says RANK and WORLD_SIZE {environment['WORLD_SIZE']}, but not {', '.join(missing)}.",
             hint=_HINT,
@@ -111,4 +113,9 @@ def launched_place(environment: Mapping[str, str]) -> Place | None:
         raise ConfigError(f"{', '.join(_NAMES)} in the environment must be whole numbers.", hint=_HINT) from error
     if not 0 <= place.rank < place.count or place.local_rank < 0:
         raise ConfigError(f"RANK {place.rank} of WORLD_SIZE {place.count} does not exist.", hint=_HINT)
-    return place if place.count > 1 else None
+    if place.count == 1:
+        return None
+    port = environment["MASTER_PORT"]
+    if not (port.isdecimal() and 0 < int(port) <= _HIGHEST_PORT):
+        raise ConfigError(f"MASTER_PORT {port} in the environment is no port: 1 to {_HIGHEST_PORT}.", hint=_HINT)
+    return place

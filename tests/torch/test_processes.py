@@ -244,7 +244,10 @@ def test_a_launcher_is_known_by_its_environment():
     assert launched_place({"WORLD_SIZE": "4"}) is None  # Some clusters set it in every shell.
     with pytest.raises(ConfigError, match="LOCAL_RANK"):  # Or each of them would train a whole run by itself.
         launched_place({name: value for name, value in launched.items() if name != "LOCAL_RANK"})
-    for wrong in ({"RANK": "x"}, {"RANK": "4"}):
+    assert launched_place({**launched, "RANK": "", "WORLD_SIZE": ""}) is None
+    with pytest.raises(ConfigError, match="not MASTER_ADDR"):
+        launched_place({**launched, "MASTER_ADDR": ""})
+    for wrong in ({"RANK": "x"}, {"RANK": "4"}, {"MASTER_PORT": "x"}, {"MASTER_PORT": "99999"}, {"MASTER_PORT": "0"}):
         with pytest.raises(ConfigError) as caught:
             launched_place({**launched, **wrong})
         assert "unset them" in caught.value.hint
