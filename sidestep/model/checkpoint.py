@@ -12,7 +12,7 @@ import numpy as np
 
 from sidestep.errors import ConfigError, ModelError
 from sidestep.model import architecture, names
-from sidestep.model.weights import StoredTensor, read_json, read_weights, shorten
+from sidestep.model.weights import StoredTensor, check_formats, read_json, read_weights, shorten
 
 Family = Literal["turbo", "base", "sft"]
 Layout = Literal["original", "diffusers"]
@@ -78,8 +78,8 @@ def find_checkpoint(root: Path, variant: str, *, base_model: str | None = None) 
     """Find `variant` under `root`: a known variant, the name of a folder there, or the diffusers pipeline `root` is.
 
     `base_model` says what a fine-tune descends from, where its folder does not. Raises ModelError, with a way out,
-    when the folder, its config.json or a weight file of the decoder is missing or damaged; `check_encoders` looks at
-    what preprocessing needs beyond that.
+    when the folder, its config.json or a weight file of the decoder is missing or damaged, or the decoder is quantised;
+    `check_encoders` looks at what preprocessing needs beyond that.
     """
     folder = _model_folder(root, variant)
     layout: Layout = "diffusers" if (folder / _PIPELINE_FILE).is_file() else "original"
@@ -107,7 +107,7 @@ def find_checkpoint(root: Path, variant: str, *, base_model: str | None = None) 
         text_encoder=parts / ("text_encoder" if layout == "diffusers" else "Qwen3-Embedding-0.6B"),
         tokenizer=parts / ("tokenizer" if layout == "diffusers" else "Qwen3-Embedding-0.6B"),
     )
-    decoder_tensors(checkpoint)
+    check_formats(decoder_tensors(checkpoint).values())
     return checkpoint
 
 

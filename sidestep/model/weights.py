@@ -20,6 +20,7 @@ _LARGEST_HEADER = 100_000_000  # Bytes; the limit of the safetensors format.
 _SHOWN = 5
 _PORTION = 100_000_000  # Bytes.
 _NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # numpy has no bfloat16: its 16 bits instead.
+_UNQUANTISED = "Use a complete, unquantised ACE-Step 1.5 checkpoint whose config.json belongs to its weights."
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -36,7 +37,11 @@ class StoredTensor:
     size: int
 
     def first_values(self, count: int) -> np.ndarray:
-        """Read the first `count` values (fewer if it is smaller), row by row, as float32 [n], and nothing more."""
+        """Read the first `count` values (fewer if it is smaller), row by row, as float32 [n], and nothing more.
+
+        ModelError for a quantised tensor.
+        """
+        check_formats([self])
         values = np.fromfile(
             self.file, _NUMPY_DTYPES[self.dtype], min(count, math.prod(self.shape)), offset=self.offset
         )
@@ -167,6 +172,13 @@ def _read_shards(index: Path) -> dict[str, StoredTensor]:
     return {tensor: shards[shard][tensor] for tensor, shard in weight_map.items()}
 
 
+def check_formats(stored: Iterable[StoredTensor]) -> None:
+    """Raise ModelError for a tensor in a format that is not read: quantised numbers mean nothing by themselves."""
+    for tensor in stored:
+        if tensor.dtype not in _NUMPY_DTYPES:
+            raise ModelError(f"{tensor.file} is quantised: {tensor.name} is {tensor.dtype}.", hint=_UNQUANTISED)
+
+
 def shorten(names: Iterable[str]) -> str:
     """List the first few names, and say how many more there are."""
     names = list(names)
@@ -200,7 +212,4 @@ def check_tensors(
     }
     problems = [f"{len(found)} {problem}: {shorten(found)}" for problem, found in differences.items() if found]
     if problems:
-        raise ModelError(
-            f"The {what} does not fit its config.json: tensors {'; '.join(problems)}.",
-            hint="Use a complete, unquantised ACE-Step 1.5 checkpoint whose config.json belongs to its weights.",
-        )
+        raise ModelError(f"The {what} does not fit its config.json: tensors {'; '.join(problems)}.", hint=_UNQUANTISED)
