@@ -35,7 +35,7 @@ DEFAULT_RANK = 128
 TOLERANCE = 1e-5
 _BIASES_GO_TO = "Export it with --to merged or comfyui."
 # Half a unit in the last place, as a share of the number.
-_ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+_ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
