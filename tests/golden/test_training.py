@@ -1,6 +1,7 @@
 """The objective computes what the original's training computes: timesteps, loss, velocity, gradients."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -118,6 +119,43 @@ def test_the_loss_and_the_gradients_of_a_lora_are_those_of_the_official_trainers
     }
     assert len(gradients) == case.entry["facts"]["n_trainable"]
     check_gradients(case, gradients)
+
+
+def in_bfloat16() -> tuple[Case, Task]:
+    """Give the decoder's case in bfloat16 as a task: timesteps that only become the case's when they are rounded."""
+    (case,) = [case for case in cases("decoder") if case.dtype == torch.bfloat16]
+    tensors = {name: tensor.float() for name, tensor in case.inputs().items()}
+    # Noise and latents are one and the same, so that x_t is that, whatever t.
+    draws = {
+        "in.x1": tensors["hidden_states"],
+        "in.t": tensors["timestep"] * 1.001,
+        "in.cfg_keep": torch.tensor([True, True]),
+    }
+    states, condition = tensors["hidden_states"], tensors["encoder_hidden_states"]
+    return case, task_of(latents=states, context=tensors["context_latents"], condition=condition, tensors=draws)
+
+
+def test_in_bfloat16_training_rounds_the_timestep_as_the_original_does():
+    case, task = in_bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        case.check(model_of(case).velocity(task), "out.sample")
+
+
+def test_in_bfloat16_noisy_latents_and_target_are_formed_in_float32_and_rounded_once():
+    case, task = in_bfloat16()
+    generator = torch.Generator().manual_seed(0)
+    task = replace(task, noise_BTC=torch.randn(task.latents_BTC.shape, generator=generator))
+    model, given = model_of(case), []
+    model.decoder.proj_in_conv.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0]))
+    with torch.no_grad():
+        losses = model.losses(task)
+    t, frames = task.timesteps_B[:, None, None], task.latents_BTC.shape[1]
+    noisy = t * task.noise_BTC + (1 - t) * task.latents_BTC
+    assert torch.equal(given[0].transpose(1, 2)[:, :frames, -64:], noisy.bfloat16())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        velocity = model.velocity(task)
+    errors = velocity.float() - (task.noise_BTC - task.latents_BTC)
+    assert velocity.dtype == torch.bfloat16 and torch.equal(losses, errors.square().mean(dim=(1, 2)))
 
 
 def test_the_names_of_the_reference_gradients_are_translated_both_ways():
