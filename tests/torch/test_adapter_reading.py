@@ -94,6 +94,17 @@ def test_other_settings_are_refused_with_those_of_the_file(official_lokr, option
     assert "(linear_dim 2, linear_alpha 6, factor -1, decompose_both on, weight_decompose off)" in caught.value.hint
 
 
+def test_a_rank_stabilised_lora_keeps_its_effect(tmp_path: Path):
+    decoder, _ = train_and_write(tmp_path, "lora", targets=ATTENTION_PROJECTIONS, rank=3)
+    path = tmp_path / "adapter_model.safetensors"
+    scale, tensors = 5 / 3**0.5, load_file(path)
+    save_file({name: value / scale if "lora_B" in name else value for name, value in tensors.items()}, path)
+    write_config(tmp_path, lora_alpha=5, use_rslora=True)
+    fresh = tiny_decoder()
+    attach(fresh, "lora", targets=ATTENTION_PROJECTIONS, rank=3).read(tmp_path)
+    torch.testing.assert_close(output(fresh), output(decoder), **TOLERANCE)
+
+
 @pytest.mark.parametrize("query", ["q_proj", "to_q"])
 def test_a_lora_of_smaller_and_patterned_ranks_keeps_its_effect(tmp_path: Path, query: str):
     decoder, adapter = train_and_write(tmp_path, "lora", targets=ATTENTION_PROJECTIONS)

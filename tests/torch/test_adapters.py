@@ -90,6 +90,22 @@ def test_what_is_written_gives_a_fresh_decoder_the_same_output(tmp_path: Path, k
     torch.testing.assert_close(output(fresh), trained, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_modules_with_ranks_of_their_own_are_written_at_the_strength_they_were_trained_at(
+    tmp_path: Path, use_dora: bool, use_rslora: bool
+):
+    ranks = {"layers.0.self_attn.q_proj": 1, "layers.1.cross_attn.k_proj": 3, "layers.1.mlp.up_proj": 6}
+    decoder, fresh = tiny_decoder(), tiny_decoder()
+    adapter = attach_lora(
+        decoder, list(ranks), rank=6, alpha=9, dropout=0.0, ranks=ranks, use_dora=use_dora, use_rslora=use_rslora
+    )
+    train_a_little(decoder, adapter.parameters)
+    adapter.write(tmp_path, current_values(adapter), about={})
+    attach_lora(fresh, list(ranks), rank=6, alpha=1, dropout=0.0, use_dora=use_dora).read(tmp_path)
+    torch.testing.assert_close(output(fresh), output(decoder), atol=2e-5, rtol=1e-4)
+
+
 @every_kind
 def test_any_values_can_be_written_not_just_those_in_use(tmp_path: Path, kind: str):
     decoder, fresh = tiny_decoder(), tiny_decoder()

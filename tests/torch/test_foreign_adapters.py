@@ -79,6 +79,18 @@ def test_patterns_of_an_adapter_trained_on_diffusers_model_count(tmp_path: Path,
     assert_same(changes_of(tmp_path / "theirs", base), wanted)
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_rank_stabilised_adapter_of_several_ranks_is_read_at_its_strength(
+    tmp_path: Path, base: Checkpoint, use_dora: bool
+):
+    patterns = {"rank_pattern": {MODULE: 2, "cross_attn.q_proj": 9}, "alpha_pattern": {MODULE: 3, "layers.1.*": 5}}
+    config = LoraConfig(
+        r=4, lora_alpha=8, use_rslora=True, use_dora=use_dora, target_modules=["q_proj", "down_proj"], **patterns
+    )
+    wanted = saved_by_peft(tmp_path / "theirs", original_layers(base), config)
+    assert_same(changes_of(tmp_path / "theirs", base), wanted)
+
+
 def test_the_bias_of_an_adapted_module_is_read_and_written_as_peft_does(tmp_path: Path, base: Checkpoint):
     config = LoraConfig(r=4, lora_alpha=8, bias="lora_only", target_modules=["condition_embedder", "q_proj"])
     saved_by_peft(tmp_path / "theirs", original_layers(base), config)
