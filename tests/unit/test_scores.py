@@ -50,6 +50,13 @@ def test_what_one_draw_shows_is_not_beyond_chance_nor_usable():
     assert not found.stands_out_M.any() and not found.gains_MR.any()
 
 
+def test_gains_are_shrunk_by_the_share_of_the_score_that_is_noise():
+    drawn = np.array([1.0, 3.0, 1.0, 3.0])[:, None, None] * np.ones((1, 1, 2))
+    found = cross_fit(np.ones((1, 2)), drawn, [0, 1, 2, 3], seed=0)
+    # Scores 2, 6, 2, 6: a mean of 4 with a variance of 16 / 3, a fourth of it for the mean.
+    assert found.gains_MR[0] == pytest.approx([2 * (1 - (4 / 3) / 16)] * 2)
+
+
 def test_gains_never_rise_and_are_never_negative():
     noises = [1.0] * 10
     found = cross_fit(values(noises), parts([2.0] * 10, noises, seed=3), SONG_OF, seed=0)
