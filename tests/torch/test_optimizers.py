@@ -79,6 +79,26 @@ def test_weight_decay_pulls_a_weight_that_has_no_gradient_towards_zero(tmp_path:
     assert moved == pytest.approx([1, 0.95], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({"adapter_type": "dora"}, "lora_magnitude_vector"),
+        ({"adapter_type": "lokr", "lokr_weight_decompose": True, "lokr_use_scalar": True}, ("dora_scale", "scalar")),
+        ({"bias": "all"}, "bias"),
+    ],
+    ids=["dora", "lokr", "biases"],
+)
+def test_magnitudes_scalars_and_biases_are_not_decayed(
+    tmp_path: Path, base: Checkpoint, changes: dict[str, Any], kept: str | tuple[str, ...]
+):
+    songs = write_songs(tmp_path / "songs", base, (30,))
+    run = prepare(tiny_config(weight_decay=0.03, **changes), base, songs, tmp_path / "run")
+    decay = {id(p): group["weight_decay"] for group in run.stepper.optimizer.param_groups for p in group["params"]}
+    found = {name: decay[id(parameter)] for name, parameter in run.adapter.parameters.items()}
+    assert found == {name: 0.0 if name.endswith(kept) else 0.03 for name in found}
+    assert set(found.values()) == {0.0, 0.03}
+
+
 def test_prodigy_paces_itself_and_says_so(tmp_path: Path, base: Checkpoint):
     songs = write_songs(tmp_path / "songs", base, (30, 30))
     config = tiny_config(optimizer_type="prodigy", learning_rate=None, warmup_steps=3, scheduler_type="cosine")
