@@ -1,14 +1,15 @@
 """The held-out loss is a number that can be compared: between epochs, between runs, between adapters."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from sidestep.demo.checkpoint import build_toy_checkpoint
 from sidestep.errors import ConfigError
 from sidestep.events import AdapterSaved, Validated
-from sidestep.model.checkpoint import Checkpoint
+from sidestep.model.checkpoint import Checkpoint, find_checkpoint
 from sidestep.training.assemble import Run
 from sidestep.training.batches import Song
 from sidestep.training.run import carry_out
@@ -18,6 +19,19 @@ from sidestep.training.validation import STRATA, held_out_loss
 from tests.torch.tiny import RUN_NAME, adapter_tensors, assert_identical, prepare, tiny_config, train, write_songs
 
 FRAMES = (40, 52, 64, 47, 71)
+
+
+@dataclass(frozen=True)
+class Always:
+    """A law that knows one timestep."""
+
+    timestep: float
+
+    def draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        return torch.full((count,), self.timestep)
+
+    def quantiles(self, levels: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(levels, self.timestep)
 
 
 def measure(run: Run):
@@ -84,6 +98,23 @@ def test_every_held_out_song_is_measured_whole_at_the_strata_of_the_models_law(t
     timesteps = Continuous(base.timestep_mu, base.timestep_sigma).quantiles(middles).float().tolist()
     assert asked == [(song.frames, t) for song in run.held_out for t in timesteps]
     assert list(found.bands) == ["0.2-0.4", "0.4-0.6", "0.6-0.8", "0.8-1.0"]
+
+
+def test_turbo_is_measured_at_its_eight_timesteps_whatever_it_is_trained_on(tmp_path: Path):
+    turbo = find_checkpoint(build_toy_checkpoint(tmp_path / "turbo", variant="turbo"), "turbo")
+    songs = write_songs(tmp_path / "songs", turbo, (30, 30))
+    run = prepare(tiny_config(val_split=0.5, shift=1.0), turbo, songs, tmp_path / "run")
+    middles = (torch.arange(STRATA, dtype=torch.float64) + 0.5) / STRATA
+    official = [0.3, 0.5, 0.642857, 0.75, 0.833333, 0.9, 0.954545, 1.0]
+    assert run.law.quantiles(middles).tolist() == pytest.approx(official, abs=1e-6)
+    assert list(measure(run).bands) == ["0.2-0.4", "0.4-0.6", "0.6-0.8", "0.8-1.0"]
+
+
+def test_each_band_holds_the_timesteps_that_its_name_says(tmp_path: Path, base: Checkpoint):
+    songs = write_songs(tmp_path / "songs", base, FRAMES)
+    run = prepare(tiny_config(val_split=0.2), base, songs, tmp_path / "run")
+    for timestep, band in ((0.0, "0.0-0.2"), (0.39, "0.2-0.4"), (0.41, "0.4-0.6"), (1.0, "0.8-1.0")):
+        assert list(held_out_loss(run.stepper.model, run.held_out, Always(timestep)).bands) == [band]
 
 
 def test_the_standard_error_is_that_of_the_mean_over_songs(tmp_path: Path, base: Checkpoint):
