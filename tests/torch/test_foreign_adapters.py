@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lycoris.modules.lokr import LokrModule
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -71,6 +72,20 @@ def test_lokr_and_loha_of_peft_are_read_at_the_strength_that_their_config_states
     assert_same(changes_of(tmp_path / "theirs", base), wanted)
 
 
+@pytest.mark.parametrize("rank", [2, 64])
+def test_a_lokr_of_a_convolution_is_read_as_lycoris_means_it(tmp_path: Path, base: Checkpoint, rank: int):
+    layer: Any = original_layers(base).get_submodule("proj_in.1")
+    theirs = LokrModule("lycoris_proj_in_1", layer, lora_dim=rank, alpha=6)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(1))
+    wanted = theirs.get_weight(layer.weight.shape).detach().double()
+    save_file(
+        {f"lycoris_proj_in_1.{name}": value for name, value in theirs.state_dict().items()}, tmp_path / "x.safetensors"
+    )
+    assert_same(changes_of(tmp_path / "x.safetensors", base), {"proj_in.1": wanted})
+
+
 def test_patterns_of_an_adapter_trained_on_diffusers_model_count(tmp_path: Path, base: Checkpoint):
     decoder = load_decoder(base, device=torch.device("cpu"), dtype=torch.float32)
     patterns = {"rank_pattern": {OTHER_QUERY: 7}, "alpha_pattern": {QUERY: 20}}
@@ -99,6 +114,13 @@ def test_the_bias_of_an_adapted_module_is_read_and_written_as_peft_does(tmp_path
     export(tmp_path / "theirs", base, target_name="peft", output=tmp_path / "ours")
     again = read_adapter(tmp_path / "ours", BaseWeights(base))
     torch.testing.assert_close(again.biases, found.biases)
+
+
+@pytest.mark.parametrize("kind", ["dora", "lokr dora"])
+def test_magnitudes_that_were_exported_for_comfyui_are_read_back(tmp_path: Path, base: Checkpoint, kind: str):
+    wanted = trained(tmp_path / "run", base, **SETTINGS[kind])
+    export(tmp_path / "run", base, target_name="comfyui", output=tmp_path / "theirs")
+    assert_same(changes_of(tmp_path / "theirs", base), wanted)
 
 
 def test_a_file_of_8_bit_numbers_is_read(tmp_path: Path, base: Checkpoint):
