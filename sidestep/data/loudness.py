@@ -8,6 +8,8 @@ import pyloudnorm
 
 # ITU-R BS.1770-4 measures in blocks of 400 ms; a shorter track has no loudness.
 BLOCK_SECONDS = 0.4
+# What fades below the smallest normal number of float32 is silent; the gain for it would be none that float32 has.
+SILENCE = float(np.finfo(np.float32).tiny)
 
 
 def integrated_loudness(samples: np.ndarray, rate: int) -> float:
@@ -35,7 +37,7 @@ def gain_for(
     for `lufs` a track below 0.4 s, has no level to go by: its gain is 1.
     """
     peak = float(np.abs(samples).max(initial=0.0))
-    if mode == "none" or peak == 0.0:
+    if mode == "none" or peak < SILENCE:
         return 1.0
     to_ceiling = 10 ** (target_db / 20) / peak
     if mode == "peak":

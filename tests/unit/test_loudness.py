@@ -1,5 +1,7 @@
 """Peak and loudness normalisation."""
 
+from typing import Literal
+
 import numpy as np
 import pytest
 
@@ -63,3 +65,9 @@ def test_the_input_is_not_changed() -> None:
     before = samples.copy()
     normalize(samples, RATE, mode="peak", target_db=-1.0, target_lufs=-14.0)
     assert np.array_equal(samples, before)
+
+
+@pytest.mark.parametrize("mode", ["peak", "lufs"])
+def test_what_fades_below_the_numbers_of_float32_is_silent(mode: Literal["peak", "lufs"]):
+    samples = np.full((2, 48_000), 1e-42, np.float32)
+    assert np.array_equal(normalize(samples, 48_000, mode=mode, target_db=-1.0, target_lufs=-14.0), samples)
