@@ -11,10 +11,13 @@ import soundfile
 import torch
 
 from sidestep.data.dataset_file import Dataset, Track
+from sidestep.demo.checkpoint import build_toy_checkpoint
 from sidestep.errors import DataError, ModelError, RunError
 from sidestep.events import StageDone, StageStarted, TrackDone, TrackSkipped
 from sidestep.files import held_alone
-from sidestep.model.checkpoint import Checkpoint, encoder_fingerprint, find_checkpoint
+from sidestep.listen.conditions import encode_prompts
+from sidestep.listen.prompts import SamplePrompt
+from sidestep.model.checkpoint import Checkpoint, Layout, encoder_fingerprint, find_checkpoint
 from sidestep.preprocess import run as run_module
 from sidestep.preprocess.parts import has_part, write_part
 from sidestep.preprocess.plan import tensor_name
@@ -106,6 +109,17 @@ def test_songs_become_tensors_with_everything_training_needs(tmp_path: Path, che
     assert meta["songs"] == {tensor_name("a.wav"): "a.wav", tensor_name("disc 1/ü.wav"): "disc 1/ü.wav"}
     assert set(meta["checksums"]) == set(meta["songs"])
     assert not (tmp_path / "tensors" / ".pass1").exists()
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_the_words_of_a_song_come_to_what_a_sample_is_prompted_with(tmp_path: Path, layout: Layout) -> None:
+    model = find_checkpoint(build_toy_checkpoint(tmp_path / "model", variant="base", layout=layout), "base")
+    dataset = make_dataset(tmp_path / "songs", "a.wav")
+    run(dataset, tmp_path / "tensors", model)
+    (path,), (track,) = sample_paths(tmp_path / "tensors"), dataset.tracks
+    prompt = SamplePrompt(caption=track.caption, lyrics=track.lyrics, language=track.language)
+    (wording,) = encode_prompts(model, [prompt], seconds=3, seed=0, device=torch.device("cpu"), dtype=torch.float32)
+    torch.testing.assert_close(read_sample(path).encoder_hidden_states, wording.rows_BLD[0], atol=1e-5, rtol=1e-5)
 
 
 def test_the_same_songs_and_settings_give_the_same_bytes(tmp_path: Path, checkpoint: Checkpoint) -> None:
