@@ -16,7 +16,7 @@ from sidestep.exports.source import read_adapter
 from sidestep.listen.attach import Attached
 from sidestep.listen.conditions import encode_prompts
 from sidestep.listen.prompts import SamplePrompt
-from sidestep.listen.render import Renderer, Sampling, decode
+from sidestep.listen.render import Renderer, Sampling, decode, usual_sampling
 from sidestep.listen.studio import Studio
 from sidestep.main import main
 from sidestep.model.checkpoint import Checkpoint, find_checkpoint
@@ -61,6 +61,12 @@ def test_the_sound_is_what_diffusers_gives_from_the_same_weights_without_us(tmp_
     theirs = build_toy_checkpoint(tmp_path / "diffusers", variant=variant, layout="diffusers")
     sampling = FEW if variant == "base" else Sampling(steps=3, guidance=1.0)
     assert_equal_sound(by_us(ours, sampling), by_pipeline(AceStepPipeline.from_pretrained(theirs), sampling))
+
+
+@pytest.mark.parametrize(("variant", "steps", "guidance"), [("turbo", 8, 1.0), ("base", 50, 7.0), ("sft", 50, 7.0)])
+def test_every_model_is_sampled_as_it_is_meant_to_be(tmp_path: Path, variant: str, steps: int, guidance: float):
+    checkpoint = find_checkpoint(build_toy_checkpoint(tmp_path, variant=variant), variant)
+    assert usual_sampling(checkpoint) == Sampling(steps=steps, guidance=guidance, shift=3.0)
 
 
 def test_xl_goes_through_the_corrected_timbre_encoder(tmp_path: Path):
