@@ -172,6 +172,19 @@ def _telling_what_is_kept(console: Console) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def _telling_what_is_saved(command: str, output_dir: Path, console: Console) -> Iterator[None]:
+    """Say, when training is stopped at once, where it goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        saved = checkpoints_in(output_dir)
+        if saved:
+            console.print(f"The last checkpoint is {saved[0].name}. Go on from there with:")
+            console.print(f"  {shell_line([*start_words(), command, '--resume-from', output_dir])}", wrap=False)
+        raise
+
+
 def _train(
     command: str, config: TrainConfig, checkpoint: Checkpoint, output_dir: Path, console: Console, processes: Processes
 ) -> int:
@@ -184,6 +197,7 @@ def _train(
     quiet_libraries()
     with ExitStack() as stack:
         if processes.is_first:
+            stack.enter_context(_telling_what_is_saved(command, output_dir, console))
             stack.enter_context(log_in(output_dir))
             stack.enter_context(alone_in(output_dir))
             _check_output(config, output_dir, run_name)  # Again: another run may have ended there since.
