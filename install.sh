@@ -169,7 +169,7 @@ LAUNCHER
 offer_wizard() {
   local answer
   { [ -z "$1" ] && [ -t 0 ] && [ -t 1 ]; } || return 0
-  read -r -p "Start it now? [Y/n] " answer
+  read -r -p "Start it now? [Y/n] " answer || return 0  # Ctrl-D; all is installed.
   case $answer in [Nn]*) ;; *) exec ./side-step ;; esac
 }
 
