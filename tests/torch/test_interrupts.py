@@ -129,7 +129,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, base: Checkpoint):
 
 
 def test_a_second_ctrl_c_says_where_the_run_goes_on(tmp_path: Path, base: Checkpoint):
-    command = training(tmp_path, base, "--save-every", "1", "--epochs", "5000")
+    command = training(tmp_path, base, "--save-every", "1", "--max-steps", "4000")
     command.read_until("Saved a checkpoint")
     command.send(signal.SIGSTOP)  # So that both are there before the step ends.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCONT):
@@ -137,7 +137,7 @@ def test_a_second_ctrl_c_says_where_the_run_goes_on(tmp_path: Path, base: Checkp
     assert command.finish() == 130
     newest = checkpoints_in(tmp_path / "my run")[0].name
     assert f"The last checkpoint is {newest}. Go on from there with:" in command.output
-    again = Command(*resume_command(command.output), home=tmp_path / "home")
+    again = Command(*resume_command(command.output), "--max-steps", "2", home=tmp_path / "home")
     assert again.finish() == 0, again.output
 
 
