@@ -9,6 +9,7 @@ from sidestep.config.places import default_checkpoint_dir, forget, remember, rem
 from sidestep.config.settings import parse_values
 from sidestep.config.train import TrainConfig
 from sidestep.errors import ConfigError, RunError
+from sidestep.ui.paths import what_is_wrong_with_data
 from sidestep.ui.questions import Form
 
 CARRIED = ("checkpoint_dir", "model_variant", "dataset_dir", "output_dir", "audio_dir", "tensor_output")
@@ -28,9 +29,14 @@ class Session:
         self._values: dict[str, Any] = parse_values(TrainConfig, saved, source="settings.json")
 
     def get(self, name: str) -> Any:
-        """The last answer to this question; None without one, or when its folder is gone."""
+        """The last answer to this question; None without one, or when its folder is gone or holds nothing to train on.
+
+        A folder for tensors is empty where preprocessing was stopped before the first song was done.
+        """
         value = self._values.get(name)
         if name in FOLDERS_THAT_EXIST and value is not None and not Path(value).is_dir():
+            return None
+        if name == "dataset_dir" and value is not None and what_is_wrong_with_data(Path(value)):
             return None
         return value
 

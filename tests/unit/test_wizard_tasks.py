@@ -17,6 +17,7 @@ from sidestep.ui import problems
 from sidestep.ui.command_line import Plan, command_line, words_of
 from sidestep.ui.preset_list import RECOMMENDED, preset_choices
 from sidestep.ui.problems import close_log, open_log
+from sidestep.ui.session import Session
 from tests.unit.stage import BACK, ENTER, EXIT, EXIT_AFTERWARDS, LEAVE, UP, Stage, down, make_models, stage, typed
 
 __all__ = ["stage"]
@@ -109,6 +110,16 @@ def test_preprocessing_goes_back_from_every_question_and_cancels_at_every_one(st
         code, _ = stage.play(PREPROCESS, *forward[:place], LEAVE)
         assert (code, stage.started) == (130, [])
     assert stage.play(PREPROCESS, BACK, down(5))[0] == 0
+
+
+def test_a_folder_that_no_tensor_came_into_is_not_suggested_for_training(tmp_path: Path):
+    session = Session(warn=lambda text: None)
+    tensors = tmp_path / "tensors"
+    tensors.mkdir()
+    session.keep(dataset_dir=tensors)
+    assert session.get("dataset_dir") is None
+    (tensors / "song.pt").touch()
+    assert session.get("dataset_dir") == tensors
 
 
 def test_one_step_leads_to_the_next_with_the_paths_filled_in(stage: Stage):
