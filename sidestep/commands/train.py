@@ -173,15 +173,16 @@ def _telling_what_is_kept(console: Console) -> Iterator[None]:
 
 
 @contextmanager
-def _telling_what_is_saved(command: str, output_dir: Path, console: Console) -> Iterator[None]:
-    """Say, when training is stopped at once, where it goes on."""
+def _telling_what_is_saved(command: str, output_dir: Path, console: Console, *, processes: int) -> Iterator[None]:
+    """Say, when training is stopped at once, where it goes on, in as many processes."""
     try:
         yield
     except KeyboardInterrupt:
         saved = checkpoints_in(output_dir)
         if saved:
             console.print(f"The last checkpoint is {saved[0].name}. Go on from there with:")
-            console.print(f"  {shell_line([*start_words(), command, '--resume-from', output_dir])}", wrap=False)
+            start = start_words(processes=processes)
+            console.print(f"  {shell_line([*start, command, '--resume-from', output_dir])}", wrap=False)
         raise
 
 
@@ -197,7 +198,7 @@ def _train(
     quiet_libraries()
     with ExitStack() as stack:
         if processes.is_first:
-            stack.enter_context(_telling_what_is_saved(command, output_dir, console))
+            stack.enter_context(_telling_what_is_saved(command, output_dir, console, processes=processes.count))
             stack.enter_context(log_in(output_dir))
             stack.enter_context(alone_in(output_dir))
             _check_output(config, output_dir, run_name)  # Again: another run may have ended there since.

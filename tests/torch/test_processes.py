@@ -13,7 +13,9 @@ import psutil
 import pytest
 import torch
 
-from sidestep.config.processes import Place, Word, launched_place
+from sidestep.commands.train import run
+from sidestep.config.flags import GlobalConfig
+from sidestep.config.processes import Place, Processes, Word, launched_place
 from sidestep.config.runs import checkpoints_in
 from sidestep.errors import ConfigError, ElsewhereError, LostProcessError, RunError
 from sidestep.main import main
@@ -223,6 +225,21 @@ def test_one_that_is_missed_where_the_base_is_spread_ends_all_and_what_was_done_
     assert command.output.count("Saved a checkpoint") == 1
     (saved,) = checkpoints_in(tmp_path / "run")
     assert read_state(saved)["state"]["step"] >= 2
+
+
+def test_a_run_of_several_that_is_stopped_while_it_starts_goes_on_in_as_many(
+    tmp_path: Path, base: Checkpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    songs = write_songs(tmp_path / "songs", base, FRAMES)
+    assert main(typed(tmp_path, base, songs, "run", "--max-steps", "1")) == 0
+    monkeypatch.setattr("sidestep.commands.train.load_libraries", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run("fixed", {"resume_from": str(tmp_path / "run")}, screen=GlobalConfig(), processes=Processes(count=2))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "--resume-from" in line]
+    assert "torchrun --standalone --nproc-per-node 2 " in line
 
 
 def test_an_exchange_that_breaks_off_is_the_end_of_another_process(monkeypatch: pytest.MonkeyPatch):
