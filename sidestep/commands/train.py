@@ -88,7 +88,7 @@ def run(
     if remembers and config.checkpoint_dir is not None and processes.is_first:
         _remember(config.checkpoint_dir, console)
     if config.output_dir is not None:
-        _check_what_is_read(config)
+        _check_what_is_read(config, renders=processes.is_first)
         run_name = config.run_name or f"{config.adapter_type}_{time.strftime('%Y%m%d_%H%M%S')}"
         if processes.is_first:
             _check_output(config, config.output_dir, run_name)
@@ -286,7 +286,7 @@ def _set_newer_aside(training: "Run", emit: Emit) -> None:
         emit(Notice(text=f"A newer checkpoint of this run is kept as {folder.name}."))
 
 
-def _check_what_is_read(config: TrainConfig) -> None:
+def _check_what_is_read(config: TrainConfig, *, renders: bool) -> None:
     """Refuse, before torch is loaded and songs are encoded, a rank map, an adapter or prompts that are not there."""
     if config.rank_map is not None:
         if config.resume_from is not None and not config.rank_map.exists():
@@ -296,7 +296,8 @@ def _check_what_is_read(config: TrainConfig) -> None:
         read_rank_map(config.rank_map)
     if config.init_from is not None and config.resume_from is None and not config.init_from.exists():
         raise ModelError(f"There is no adapter {config.init_from}: no such file or folder.")
-    if config.sample_prompts is not None and config.sample_every_n_epochs:
+    # The process that renders reads them; on another machine they need not be.
+    if renders and config.sample_prompts is not None and config.sample_every_n_epochs:
         read_prompts(config.sample_prompts)
 
 

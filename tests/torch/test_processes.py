@@ -17,7 +17,7 @@ from sidestep.commands.train import run
 from sidestep.config.flags import GlobalConfig
 from sidestep.config.processes import Place, Processes, Word, launched_place
 from sidestep.config.runs import checkpoints_in
-from sidestep.errors import ConfigError, ElsewhereError, LostProcessError, RunError
+from sidestep.errors import ConfigError, DataError, ElsewhereError, LostProcessError, RunError
 from sidestep.main import main
 from sidestep.model.checkpoint import Checkpoint
 from sidestep.training.processes import JoinedProcesses, joined
@@ -225,6 +225,22 @@ def test_one_that_is_missed_where_the_base_is_spread_ends_all_and_what_was_done_
     assert command.output.count("Saved a checkpoint") == 1
     (saved,) = checkpoints_in(tmp_path / "run")
     assert read_state(saved)["state"]["step"] >= 2
+
+
+def test_the_prompts_of_samples_have_to_be_where_they_are_rendered_and_nowhere_else(
+    tmp_path: Path, base: Checkpoint, monkeypatch: pytest.MonkeyPatch
+):
+    def loaded(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sidestep.commands.train.load_libraries", loaded)
+    _, *words = typed(tmp_path, base, write_songs(tmp_path / "songs", base, FRAMES), "run")
+    values = {flag.lstrip("-").replace("-", "_"): value for flag, value in zip(words[::2], words[1::2], strict=True)}
+    values |= {"sample_every_n_epochs": "1", "sample_prompts": str(tmp_path / "of the first machine.txt")}
+    with pytest.raises(DataError, match="cannot be read"):
+        run("fixed", values, screen=GlobalConfig(), processes=Processes(count=2))
+    with pytest.raises(KeyboardInterrupt):
+        run("fixed", values, screen=GlobalConfig(), processes=Processes(rank=1, local_rank=1, count=2))
 
 
 def test_a_run_of_several_that_is_stopped_while_it_starts_goes_on_in_as_many(
