@@ -48,6 +48,7 @@ def measure(run: Run) -> Fit | None:
         return None
     batch = _longest(run)
     values, optimizer = current_values(run.adapter), copy.deepcopy(run.stepper.optimizer.state_dict())
+    scale = run.stepper.scaler.state_dict()
     reset_memory_peak(device)
     try:
         seconds = [_timed_step(run, batch) for _ in range(2)][-1]
@@ -59,6 +60,7 @@ def measure(run: Run) -> Fit | None:
     finally:
         load_values(run.adapter, values, source="The adapter")
         run.stepper.optimizer.load_state_dict(optimizer)
+        run.stepper.scaler.load_state_dict(scale)
         run.stepper.forget_failures()
     return Fit(seconds, memory_gib(device) or 0.0, device_gib)
 

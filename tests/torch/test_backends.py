@@ -290,6 +290,17 @@ def test_a_device_that_can_measure_is_measured_before_a_run(tmp_path: Path, base
     assert (fit.peak_gib, fit.device_gib) == (3.0, 16.0)
 
 
+def test_measuring_in_float16_leaves_the_scale_of_the_loss_as_it_was(tmp_path: Path, base: Checkpoint, play: Play):
+    songs = write_songs(tmp_path / "songs", base, (20,))
+    run = prepare(tiny_config(precision="fp16"), base, songs, tmp_path / "run")
+    play("xpu")
+    for scale in (2.0, 2.0**40):  # One that steps are counted at, and one that overflows.
+        run.stepper.scaler.load_state_dict({**run.stepper.scaler.state_dict(), "scale": scale})
+        before = run.stepper.scaler.state_dict()
+        assert measure(run) is not None
+        assert run.stepper.scaler.state_dict() == before
+
+
 @pytest.mark.parametrize(
     ("kind", "asked"),
     [
