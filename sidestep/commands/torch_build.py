@@ -21,7 +21,7 @@ def warn_of_slowness(device: str, precision: str, console: Console) -> None:
     warn_of_idle_gpu(device, console)
     chosen = choose_device(device)
     if is_slow_in(choose_dtype(precision, chosen), chosen):
-        console.warning("This GPU computes bf16 slowly: --precision fp16 is faster.")
+        console.warning("This GPU has units for float16 and none for bf16: try --precision fp16.")
 
 
 def warn_of_idle_gpu(device: str, console: Console) -> None:

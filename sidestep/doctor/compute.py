@@ -78,7 +78,7 @@ def devices() -> Iterator[Finding]:
         compiles = "no compiled blocks" if lacks or able.compiles == "never" else "compiled blocks"
         text = f"{device_name(device)}{memory}: {able.precision}, {graphs}, {compiles}."
         if is_slow_in(choose_dtype("auto", device), device):
-            yield Finding(able.name, f"{text} It computes bf16 slowly.", "note", "Try --precision fp16.")
+            yield Finding(able.name, f"{text} It has no units for bf16.", "note", "Try --precision fp16.")
         elif lacks:
             yield Finding(able.name, f"{text} {lacks}.", "note", "Training is the same without it, and slower.")
         else:

@@ -194,9 +194,9 @@ def generation(device: torch.device) -> tuple[int, int]:
 
 
 def is_slow_in(dtype: torch.dtype, device: torch.device) -> bool:
-    """Say whether a GPU has no units for this format: NVIDIA's before Ampere have none for bfloat16."""
+    """Say whether a GPU has units for float16 and none for this format: NVIDIA's Volta and Turing for bfloat16."""
     is_nvidia = capabilities(device).has_flash_window  # ROCm counts its generations otherwise.
-    return dtype == torch.bfloat16 and is_nvidia and generation(device) < (8, 0)
+    return dtype == torch.bfloat16 and is_nvidia and (7, 0) <= generation(device) < (8, 0)
 
 
 def has_flash_window(device: torch.device) -> bool:

@@ -205,7 +205,13 @@ def test_a_run_goes_its_way_on_every_kind_that_captures_nothing(
 
 @pytest.mark.parametrize(
     ("generation", "precision", "said"),
-    [((7, 5), "auto", True), ((7, 5), "bf16", True), ((7, 5), "fp16", False), ((8, 0), "auto", False)],
+    [
+        ((7, 5), "auto", True),
+        ((7, 5), "bf16", True),
+        ((7, 5), "fp16", False),
+        ((6, 1), "auto", False),
+        ((8, 0), "auto", False),
+    ],
 )
 def test_a_gpu_that_has_no_units_for_bf16_is_said_with_what_is_faster(
     monkeypatch: pytest.MonkeyPatch, generation: tuple[int, int], precision: str, said: bool
@@ -218,7 +224,7 @@ def test_a_gpu_that_has_no_units_for_bf16_is_said_with_what_is_faster(
     console = open_console(plain=True)
     monkeypatch.setattr(console, "warning", lines.append)
     builds.warn_of_slowness("auto", precision, console)
-    assert lines == (["This GPU computes bf16 slowly: --precision fp16 is faster."] if said else [])
+    assert lines == (["This GPU has units for float16 and none for bf16: try --precision fp16."] if said else [])
 
 
 def test_samples_are_rendered_where_float16_is_widened(base: Checkpoint):

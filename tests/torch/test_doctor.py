@@ -90,7 +90,7 @@ def test_devices_are_told_with_their_memory_and_what_of_them_is_used(monkeypatch
         compute, "why_not_compile", lambda device: "Triton is not installed" if device.type == "xpu" else ""
     )
     assert [(found.about, found.level, found.text) for found in devices()] == [
-        ("CUDA", "note", "Made-up cuda, 16 GiB (6.0 free): bf16, graphs, compiled blocks. It computes bf16 slowly."),
+        ("CUDA", "note", "Made-up cuda, 16 GiB (6.0 free): bf16, graphs, compiled blocks. It has no units for bf16."),
         ("MPS", "ok", "arm64, 12 GiB: fp16, no graphs, no compiled blocks."),
         ("XPU", "note",
          "Made-up xpu, 16 GiB (6.0 free): bf16, no graphs, no compiled blocks. Triton is not installed."),
