@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sidestep.config.runs import COPY_AGAIN, LOHA_FILE, LOKR_FILE, LORA_FILE, final_of_run
+from sidestep.config.runs import COPY_AGAIN, LOHA_FILE, LOKR_FILE, LORA_FILE, checkpoints_in, final_of_run
 from sidestep.errors import ModelError
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -31,6 +31,12 @@ def find_adapter(path: Path) -> Path:
     if len(found) == 1:
         return found[0]
     what = f"{len(found)} safetensors files" if found else "no safetensors file"
+    checkpoints = checkpoints_in(path)
+    if checkpoints:
+        raise ModelError(
+            f"The run in {path} has not come to its final adapter.",
+            hint=f"Its checkpoints hold the adapter as it was then: give {checkpoints[0]}, or go on with the run.",
+        )
     raise ModelError(f"{path} holds {what}.", hint="Give the file of the adapter itself.")
 
 

@@ -389,6 +389,13 @@ def test_an_adapter_is_found_by_its_file_its_folder_or_its_run(tmp_path: Path, b
     for path in (file, file.parent, tmp_path / "run"):
         assert find_adapter(path) == file
     (tmp_path / "empty").mkdir()
-    for path, sentence in ((tmp_path / "no", "no such file"), (tmp_path / "empty", "holds no safetensors file")):
+    state = tmp_path / "stopped" / "checkpoints" / "epoch_3" / "training_state.pt"
+    state.parent.mkdir(parents=True)
+    state.touch()
+    for path, sentence in (
+        (tmp_path / "no", "no such file"),
+        (tmp_path / "empty", "holds no safetensors file"),
+        (tmp_path / "stopped", "has not come to its final adapter"),
+    ):
         with pytest.raises(ModelError, match=sentence):
             find_adapter(path)

@@ -63,6 +63,7 @@ def test_other_commands_that_are_refused_leave_no_folder(tmp_path: Path, base: C
     ("words", "message"),
     [
         (["--init-from", "nowhere"], "There is no adapter nowhere: no such file or folder."),
+        (["--init-from", str(Path(__file__).parent)], f"{Path(__file__).parent} holds no safetensors file."),
         (["--rank-map", "nowhere.json"], "There is no rank map nowhere.json"),
         (
             ["--sample-every-n-epochs", "1", "--sample-prompts", "nowhere.txt"],
