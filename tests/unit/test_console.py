@@ -83,8 +83,9 @@ def test_output_that_can_no_longer_be_written_stops_nothing(
     assert capsys.readouterr().err == said
 
 
-def test_a_full_disk_below_both_streams_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Path("/dev/full").open("w") as out, Path("/dev/full").open("w", buffering=1) as err:
+def test_two_streams_that_cannot_be_written_stop_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_only = [os.open(tmp_path / name, os.O_RDONLY | os.O_CREAT) for name in ("out", "err")]
+    with os.fdopen(read_only[0], "w") as out, os.fdopen(read_only[1], "w", buffering=1) as err:
         monkeypatch.setattr("sys.stderr", err)
         for stream in (out, err):
             open_console(plain=True, stream=stream).print("lost")
