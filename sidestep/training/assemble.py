@@ -101,7 +101,7 @@ def assemble(
     rank_map = _rank_map(config, identity, recipe, snapshot)
     state = TrainState(**snapshot.state) if snapshot else TrainState(processes=processes.count)  # pyright: ignore[reportArgumentType]
     pace = _pace(config, plan, state, emit)
-    _check_left(pace, state, [run_name, f"{run_name}_ema"][: 1 + bool(config.ema_decay)], output_dir)
+    _check_left(config, pace, state, [output_dir / run_name, output_dir / f"{run_name}_ema"])
     processes.must_agree(
         "settings, model, songs and checkpoint", repr((_common(config), rank_map and rank_map.content, identity, state))
     )
@@ -266,9 +266,19 @@ def _pace(config: TrainConfig, plan: Plan, state: TrainState, emit: Emit) -> Pac
     )
 
 
-def _check_left(pace: Pace, state: TrainState, adapters: Sequence[str], output_dir: Path) -> None:
-    """Raise ConfigError when a resumed run has nothing left to do; it may have ended before its adapters were saved."""
-    if state.step >= pace.total_steps and all(holds_adapter(output_dir / name) for name in adapters):
+def _check_left(config: TrainConfig, pace: Pace, state: TrainState, adapters: Sequence[Path]) -> None:
+    """Raise ConfigError when a resumed run has nothing left to do; it may have ended before its adapters were saved.
+
+    `adapters`: the folders of the final one and of its average.
+    """
+    if not all(holds_adapter(folder) for folder in adapters[: 1 + bool(config.ema_decay)]):
+        return
+    if state.is_out_of_patience(config.early_stop_patience):
+        raise ConfigError(
+            f"There is nothing left to do: {state.epochs_since_best} epochs brought no better held-out loss.",
+            hint="Raise --early-stop-patience (0 never stops) to train on, and --epochs, if they are done as well.",
+        )
+    if state.step >= pace.total_steps:
         raise ConfigError(
             f"There is nothing left to do: {state.step} of {pace.total_steps} steps are done.",
             hint="Raise --epochs (or --max-steps) to train on. The folder of the checkpoint holds its adapter too.",

@@ -57,7 +57,12 @@ def carry_out(
         if run.held_out and run.state.step == 0:
             _validate(run, emit)
         listen(run.state, is_last=False)
-        reason = train(run.state, stepper=run.stepper, batches=run.batches, pace=run.pace, hooks=hooks, emit=emit)
+        # One that stopped early, and ended before its adapters were saved.
+        is_over = run.state.is_out_of_patience(run.config.early_stop_patience)
+        if is_over:
+            reason: Reason = "early_stop"
+        else:
+            reason = train(run.state, stepper=run.stepper, batches=run.batches, pace=run.pace, hooks=hooks, emit=emit)
     if run.held_out and run.state.batch and reason == "finished":
         _validate(run, emit)  # --max-steps ended the run within an epoch: its last steps count for the best, too.
     if reason != "interrupted":
@@ -116,8 +121,7 @@ def _after_epoch(run: Run, emit: Emit, listen: Listener) -> bool:
     if not run.held_out:
         return True
     _validate(run, emit)
-    patience = run.config.early_stop_patience
-    return not patience or run.state.epochs_since_best < patience
+    return not run.state.is_out_of_patience(run.config.early_stop_patience)
 
 
 def _validate(run: Run, emit: Emit) -> None:

@@ -24,6 +24,10 @@ class TrainState:
         """The whole epochs, and the step within the next one or 0: the order of a run's checkpoints."""
         return self.epoch, self.step if self.batch else 0
 
+    def is_out_of_patience(self, patience: int) -> bool:
+        """Say whether the last of so many epochs (0: any number) without a better held-out loss has just ended."""
+        return self.batch == 0 and 0 < patience <= self.epochs_since_best
+
     def finish_epoch(self) -> float:
         """Move on to the next epoch and return the mean loss of the one that ended."""
         mean = self.epoch_loss_sum / max(1, self.epoch_steps)

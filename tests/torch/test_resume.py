@@ -164,6 +164,24 @@ def test_a_run_that_ended_before_its_adapters_were_saved_saves_them_when_it_goes
         prepare(config, base, songs, tmp_path / "run")
 
 
+def test_a_run_that_stopped_early_goes_on_with_more_patience_alone(tmp_path: Path, base: Checkpoint):
+    songs = write_songs(tmp_path / "songs", base, FRAMES)
+    config = tiny_config(epochs=12, val_split=0.3, early_stop_patience=2, learning_rate=1e-14)
+    whole = train(config, base, songs, tmp_path / "run")
+    resumed = replace(config, resume_from=tmp_path / "run")
+    with pytest.raises(ConfigError, match="nothing left to do: 2 epochs brought no better held-out loss") as caught:
+        prepare(resumed, base, songs, tmp_path / "run")
+    assert "--early-stop-patience" in caught.value.hint
+    before = adapter_tensors(tmp_path / "run" / RUN_NAME)
+    shutil.rmtree(tmp_path / "run" / RUN_NAME)
+    again = train(resumed, base, songs, tmp_path / "run")
+    assert (again.reason, steps_of(again.events)) == ("early_stop", [])
+    assert_identical(adapter_tensors(tmp_path / "run" / RUN_NAME), before)
+    assert_identical(again.state, whole.state)
+    longer = train(replace(resumed, early_stop_patience=3), base, songs, tmp_path / "run")
+    assert (longer.reason, longer.run.state.epoch) == ("early_stop", whole.run.state.epoch + 1)
+
+
 def test_a_run_that_max_steps_ended_within_an_epoch_goes_on_there(tmp_path: Path, base: Checkpoint):
     songs = write_songs(tmp_path / "songs", base, FRAMES)
     config = tiny_config(scheduler_type="constant", max_steps=9)
