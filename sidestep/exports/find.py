@@ -27,16 +27,16 @@ def find_adapter(path: Path) -> Path:
         for name in _FILES:
             if (folder / name).is_file():
                 return folder / name
-    found = sorted(path.glob("*.safetensors"))
-    if len(found) == 1:
-        return found[0]
-    what = f"{len(found)} safetensors files" if found else "no safetensors file"
     checkpoints = checkpoints_in(path)
-    if checkpoints:
+    if checkpoints:  # A run's folder may hold another safetensors file: the directions of a rank map.
         raise ModelError(
             f"The run in {path} has not come to its final adapter.",
             hint=f"Its checkpoints hold the adapter as it was then: give {checkpoints[0]}, or go on with the run.",
         )
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) == 1:
+        return found[0]
+    what = f"{len(found)} safetensors files" if found else "no safetensors file"
     raise ModelError(f"{path} holds {what}.", hint="Give the file of the adapter itself.")
 
 

@@ -378,24 +378,3 @@ def test_biases_go_where_they_are_read(tmp_path: Path, base: Checkpoint):
         export(tmp_path / "run", base, target_name=target, output=tmp_path / target)
     with pytest.raises(ModelError, match="diffusers reads none"):
         export(tmp_path / "run", base, target_name="diffusers", output=tmp_path / "diffusers")
-
-
-def test_an_adapter_is_found_by_its_file_its_folder_or_its_run(tmp_path: Path, base: Checkpoint):
-    from sidestep.exports.find import find_adapter
-
-    trained(tmp_path / "run" / "mine", base, **SETTINGS["lora"])
-    file = tmp_path / "run" / "mine" / "adapter_model.safetensors"
-    (tmp_path / "run" / "config.json").write_text('{"settings": {"run_name": "mine"}}')
-    for path in (file, file.parent, tmp_path / "run"):
-        assert find_adapter(path) == file
-    (tmp_path / "empty").mkdir()
-    state = tmp_path / "stopped" / "checkpoints" / "epoch_3" / "training_state.pt"
-    state.parent.mkdir(parents=True)
-    state.touch()
-    for path, sentence in (
-        (tmp_path / "no", "no such file"),
-        (tmp_path / "empty", "holds no safetensors file"),
-        (tmp_path / "stopped", "has not come to its final adapter"),
-    ):
-        with pytest.raises(ModelError, match=sentence):
-            find_adapter(path)
