@@ -57,10 +57,8 @@ def carry_out(
         if run.held_out and run.state.step == 0:
             _validate(run, emit)
         listen(run.state, is_last=False)
-        # One that stopped early, and ended before its adapters were saved.
-        is_over = run.state.is_out_of_patience(run.config.early_stop_patience)
-        if is_over:
-            reason: Reason = "early_stop"
+        if run.state.is_out_of_patience(run.config.early_stop_patience):
+            reason: Reason = "early_stop"  # Before; what is left to do is to save its adapters.
         else:
             reason = train(run.state, stepper=run.stepper, batches=run.batches, pace=run.pace, hooks=hooks, emit=emit)
     if run.held_out and run.state.batch and reason == "finished":
