@@ -205,7 +205,7 @@ def _train(
             _check_output(config, output_dir, run_name)  # Again: another run may have ended there since.
         read_ahead(decoder_tensors(checkpoint).values())  # While torch is loaded, which takes seconds.
         load_libraries(lambda: _warm_up(config, processes))
-        if not config.preprocess:
+        if processes.is_first and not config.preprocess:
             warn_of_slowness(config.device, config.precision, console)
         show = stack.enter_context(open_screen(console))
         from sidestep.listen.samples import TrainingSamples, prepare_wordings
