@@ -1,8 +1,6 @@
 """Starts Side-Step."""
 
-import sys
-
-from sidestep.main import main
+from sidestep.main import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -4,10 +4,11 @@ Imports nothing that takes time: `--help` and a mistyped flag answer at once.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from sidestep.commands.processes import joined_processes
 from sidestep.config.flags import GlobalConfig, Typed, parse, parser
@@ -18,6 +19,15 @@ from sidestep.ui.wording import tolerate_unprintable
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+
+
+def run() -> NoReturn:
+    """Run Side-Step as the program that it is, and leave with its exit code."""
+    code = main()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # All is said and saved. One more Ctrl-C ends the program at once, without a traceback of what it cut off.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 import io
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -125,6 +126,17 @@ def test_an_error_of_our_own_is_told_as_one_and_exits_with_70(monkeypatch: pytes
     assert code == 70
     assert stream.getvalue().startswith("This is a bug in Side-Step: ZeroDivisionError: division by zero\n")
     assert "ZeroDivisionError" in (tmp_path / "sidestep.log").read_text(encoding="utf-8")
+
+
+def test_ctrl_c_while_the_program_leaves_is_no_traceback(tmp_path: Path):
+    late = "import atexit, os, signal; atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", late + PROBE.partition("try:")[0] + "runpy.run_path('train.py', run_name='__main__')",
+         "--version"],
+        cwd=PROJECT, env={"HOME": str(tmp_path)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.startswith("Side-Step")
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
 @pytest.mark.parametrize(("arguments", "code"), [(["build-dataset", "--input", "songs"], 0), (["fixed"], 2), ([], 2)])
