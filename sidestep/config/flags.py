@@ -70,8 +70,7 @@ class Typed:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        line = shell_line([*start_words(), *self.prog.split()[1:], "--help"])
-        raise ConfigError(f"{message[:1].upper()}{message[1:]}.", hint=f"See:\n  {line}")
+        raise ConfigError(f"{message[:1].upper()}{message[1:]}.", hint=_see_help(*self.prog.split()[1:]))
 
 
 def parser(name: str = "train.py") -> argparse.ArgumentParser:
@@ -111,7 +110,7 @@ def parse(arguments: Sequence[str]) -> Typed:
 
 
 def _see_help(*command: str) -> str:
-    return f"See: {shell_line([*start_words(), *command, '--help'])}"
+    return f"See:\n  {shell_line([*start_words(), *command, '--help'])}"
 
 
 def _add_globals(target: argparse.ArgumentParser) -> None:
