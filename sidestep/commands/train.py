@@ -35,7 +35,7 @@ from sidestep.config.shell import shell_line, start_words
 from sidestep.config.train import TrainConfig
 from sidestep.data.audio import AUDIO_SUFFIXES
 from sidestep.data.dataset_file import load_dataset
-from sidestep.errors import ConfigError, DataError, ModelError, RunError
+from sidestep.errors import ConfigError, DataError, RunError
 from sidestep.events import Emit, Event, Notice, TrackSkipped
 from sidestep.exports.find import find_adapter
 from sidestep.files import write_whole
@@ -295,11 +295,8 @@ def _check_what_is_read(config: TrainConfig, *, renders: bool) -> None:
                 f"The rank map of this run is gone: {config.rank_map}.", hint="Give a copy of it: --rank-map FILE."
             )
         read_rank_map(config.rank_map)
-    if config.init_from is not None and config.resume_from is None:
-        if not config.init_from.exists():
-            raise ModelError(f"There is no adapter {config.init_from}: no such file or folder.")
-        if config.init_from.is_dir():
-            find_adapter(config.init_from)
+    if config.init_from is not None and config.resume_from is None and not config.init_from.is_file():
+        find_adapter(config.init_from)
     # The process that renders reads them; on another machine they need not be.
     if renders and config.sample_prompts is not None and config.sample_every_n_epochs:
         read_prompts(config.sample_prompts)
